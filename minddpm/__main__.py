@@ -1,0 +1,5 @@
+"""`python -m minddpm` is `minddpm`."""
+
+from minddpm.cli import main
+
+main()

@@ -1,0 +1,141 @@
+"""Checkpoints: tensors in a safetensors file, the config beside them as JSON. Never pickled code."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minddpm.config import Config, from_dict
+from minddpm.nets import UNet
+from minddpm.prediction import Denoiser
+from minddpm.schedule import SCHEDULES
+
+SHIPPED = Path(__file__).parent / "weights"
+FORMAT = "minddpm 1"
+
+
+def build(config: Config, channels: int, size: int) -> Denoiser:
+    """The untrained denoiser that a config describes, for images of `channels` x `size` x `size`."""
+    model = config.model
+    net = UNet(
+        channels=channels,
+        size=size,
+        width=model.width,
+        multipliers=model.multipliers,
+        blocks=model.blocks,
+        attention=model.attention,
+        dropout=model.dropout,
+        out_channels=2 * channels if model.variance == "learned" else channels,
+    )
+    return Denoiser(net, SCHEDULES[model.schedule](model.T), model.predicts, model.variance)
+
+
+def save(path: str | Path, tensors: dict[str, torch.Tensor], config: Config, **facts) -> None:
+    """Write tensors, config and facts (JSON values) to `path`, all or nothing.
+
+    The file is written beside `path` and renamed, so that a failure leaves what was there.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    header = {"format": FORMAT, "config": json.dumps(asdict(config)), "facts": json.dumps(facts)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata=header
+        )
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
+    """(tensors, config, facts) of a checkpoint, or of a shipped one by its name.
+
+    Raises FileNotFoundError or ValueError with one line that says what is wrong.
+    """
+    path = resolve(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); take an earlier checkpoint"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by minddpm: its header does not say {FORMAT!r}")
+    return tensors, from_dict(json.loads(header["config"])), json.loads(header["facts"])
+
+
+def resolve(path: str | Path) -> Path:
+    """The file meant by a path, a run's folder, or the name of shipped weights."""
+    shipped = SHIPPED / f"{path}.safetensors"
+    if shipped.is_file():
+        return shipped
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.safetensors"
+    if not path.is_file():
+        names = ", ".join(sorted(f.stem for f in SHIPPED.glob("*.safetensors")))
+        raise FileNotFoundError(
+            f"no checkpoint {str(path)!r}: expected a file, a run's folder or one of {names}"
+        )
+    return path
+
+
+def load(path: str | Path, device: str = "cpu") -> Denoiser:
+    """The trained denoiser of a checkpoint, moving-average weights, in evaluation mode.
+
+    path: a file, a run's folder, or the name of shipped weights ("digits").
+    """
+    tensors, config, facts = read(path)
+    denoiser = build(config, *facts["shape"][:2])
+    weights = {name[4:]: x.float() for name, x in tensors.items() if name.startswith("ema.")}
+    denoiser.net.load_state_dict(weights)
+    return denoiser.eval().requires_grad_(False).to(device)
+
+
+def state_tensors(state) -> dict[str, torch.Tensor]:
+    """Everything a TrainState holds, as named tensors."""
+    tensors = {f"net.{k}": v for k, v in state.net.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in state.ema.module.state_dict().items()}
+    for i, slots in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in slots.items()}
+    scale = state.scaler.state_dict()
+    return tensors | {f"scaler.{k}": torch.tensor(float(v)) for k, v in scale.items()}
+
+
+def save_state(path: str | Path, state, config: Config, **facts) -> None:
+    """Write all that training needs to go on exactly: weights, average, Adam's moments, loss scale, step."""
+    facts |= {"step": state.step, "shape": list(state.net.shape)}
+    save(path, state_tensors(state), config, **facts)
+
+
+def load_state(path: str | Path, state) -> dict:
+    """Put a TrainState back where save_state found it, so that its next update is the one that came next.
+
+    Returns the facts that were saved.
+    """
+    tensors, _, facts = read(path)
+    part = {}
+    for name, x in tensors.items():
+        prefix, rest = name.split(".", 1)
+        part.setdefault(prefix, {})[rest] = x
+    state.net.load_state_dict(part["net"])
+    state.ema.module.load_state_dict(part["ema"])
+    state.ema.n_averaged.fill_(facts["step"])
+    slots = {}
+    for name, x in part.get("adam", {}).items():
+        i, slot = name.split(".")
+        slots.setdefault(int(i), {})[slot] = x
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    if "scaler" in part:
+        state.scaler.load_state_dict({k: v.item() for k, v in part["scaler"].items()})
+    state.step = facts["step"]
+    return facts

@@ -1,0 +1,114 @@
+"""Everything that defines a run, as data: fields named as in the papers' appendices, and presets."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and what it predicts."""
+
+    width: int = 128
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each resolution, in units of the width; each resolution halves the last."""
+    blocks: int = 2
+    """Residual blocks a resolution."""
+    attention: tuple[int, ...] = (16,)
+    """Resolutions (in pixels) with self-attention."""
+    dropout: float = 0.1
+    """Probability of dropping a feature in training."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule."""
+    T: int = 1000
+    """Number of noising steps."""
+    predicts: Literal["eps", "x0", "v"] = "eps"
+    """What the network predicts."""
+    variance: Literal["small", "large", "learned"] = "large"
+    """Variance of a reverse step."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    steps: int = 800_000
+    """Parameter updates in all."""
+    batch_size: int = 128
+    """Images an update."""
+    learning_rate: float = 2e-4
+    """Adam's step size, reached after the warmup."""
+    warmup: int = 5000
+    """Updates over which the learning rate rises from 0."""
+    cooldown: int = 0
+    """Last updates, over which the learning rate falls to 0."""
+    grad_clip: float = 1.0
+    """Largest norm of a gradient."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of the weights, an update."""
+    flip: bool = True
+    """Mirror half of the images, left to right."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the network's arithmetic; weights stay in fp32."""
+    seed: int = 0
+    """Everything random in the run follows from it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    data: str = "cifar10"
+    """digits, mnist, cifar10, an .npz file or a folder of images."""
+    split: Literal["train", "test", "all"] = "train"
+    """Which part of a named data set."""
+    size: int = 32
+    """Pixels a side to which a folder's images are resized."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network and what it predicts."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The optimisation."""
+
+
+def from_dict(values: dict) -> Config:
+    """The config of nested dicts that `dataclasses.asdict` or JSON gave."""
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
+    rest = {k: v for k, v in values.items() if k not in ("model", "train")}
+    return Config(**rest, model=ModelConfig(**tuples), train=TrainConfig(**values["train"]))
+
+
+DIGITS = Config(
+    data="digits",
+    split="all",
+    model=ModelConfig(
+        width=32,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(4,),
+        dropout=0.0,
+        schedule="cosine",
+        predicts="v",
+        variance="small",
+    ),
+    train=TrainConfig(
+        steps=1500,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup=100,
+        cooldown=500,
+        ema_decay=0.995,
+        flip=False,
+    ),
+)
+MNIST = Config(
+    data="mnist",
+    model=ModelConfig(width=64, multipliers=(1, 2, 2), attention=(16,), schedule="cosine"),
+    train=TrainConfig(
+        steps=40_000, learning_rate=5e-4, warmup=1000, cooldown=10_000, ema_decay=0.999, flip=False
+    ),
+)
+PRESETS = {
+    "digits": ("scikit-learn's 8 x 8 digits: minutes on two CPU cores", DIGITS),
+    "mnist": ("MNIST, padded to 32 x 32: an hour or so on one GPU", MNIST),
+    "cifar10": ("CIFAR-10, the paper's recipe: 800,000 updates of the 35.7 M network", Config()),
+}

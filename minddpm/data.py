@@ -1,0 +1,196 @@
+"""Images as uint8 tensors (N, C, H, W) in memory, and the batches that a training run sees."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Images(NamedTuple):
+    """pixels: (N, C, H, W) uint8; labels: (N,) int64, or None where there are none."""
+
+    pixels: Tensor
+    labels: Tensor | None
+
+
+def load(source: str, split: str = "train", root: str = "data", size: int = 32) -> Images:
+    """The images of a named data set, of an `.npz` file or of a folder.
+
+    source: "digits" (scikit-learn's 1,797, 8 x 8 grey; "test" is every fifth), "mnist" (padded to
+    32 x 32), "cifar10" (both downloaded to `root`), the path of an `.npz` holding `images`
+    (N, H, W) or (N, H, W, C) uint8 and perhaps `labels` (N,), or the path of a folder of images, read
+    as RGB, cut to their central square and resized to `size`. split: "train", "test" or "all" (for the
+    named ones). Raises ValueError or FileNotFoundError with one line that says what is wrong.
+    """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split must be train, test or all, got {split!r}")
+    if source in NAMED:
+        return NAMED[source](split, root)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no data set or file {source!r}: expected {', '.join(NAMED)}, an .npz file or a folder of images"
+        )
+    return load_folder(path, size) if path.is_dir() else load_npz(path)
+
+
+def load_digits(split: str, root: str) -> Images:
+    """scikit-learn's digits: 8 x 8, 17 grey values scaled to 0..255. `root` is not used."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    test = torch.arange(len(pixels)) % 5 == 4
+    keep = {"train": ~test, "test": test, "all": test | True}[split]
+    return Images(pixels[keep], torch.from_numpy(digits.target).long()[keep])
+
+
+def load_torchvision(name: str, split: str, root: str) -> Images:
+    """MNIST or CIFAR-10 through torchvision, downloaded to `root` where they are not there yet."""
+    from torchvision import datasets
+
+    parts = {"train": [True], "test": [False], "all": [True, False]}[split]
+    try:
+        sets = [getattr(datasets, name)(root, train=train, download=True) for train in parts]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} is neither complete in {str(Path(root).resolve())!r} nor could it be downloaded "
+            f"({str(error).splitlines()[0]}); check the network, or put the official files there"
+        ) from error
+    pixels = torch.cat([torch.as_tensor(d.data) for d in sets])
+    labels = torch.cat([torch.as_tensor(d.targets) for d in sets])
+    return Images(channels_first(pixels), labels)
+
+
+def load_mnist(split: str, root: str) -> Images:
+    """MNIST with a black border of 2 pixels, so that 32 can be halved three times."""
+    pixels, labels = load_torchvision("MNIST", split, root)
+    return Images(torch.nn.functional.pad(pixels, (2, 2, 2, 2)), labels)
+
+
+NAMED = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+    "cifar10": lambda split, root: load_torchvision("CIFAR10", split, root),
+}
+
+
+def load_npz(path: Path) -> Images:
+    """An `.npz` with `images`, uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3, and perhaps `labels`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels") if name in file}
+    except Exception as error:  # numpy raises half a dozen types for a damaged file
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+    images, labels = arrays.get("images"), arrays.get("labels")
+    if images is None:
+        raise ValueError(f"{path} holds no array named 'images'")
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or images.shape[3:] not in ((), (1,), (3,))
+    ):
+        raise ValueError(
+            f"'images' in {path} must be uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), "
+            f"got {images.dtype} of shape {images.shape}"
+        )
+    if not images.size:
+        raise ValueError(f"{path} holds no images")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"'labels' in {path} must have shape ({len(images)},), got {labels.shape}")
+    return Images(
+        channels_first(torch.from_numpy(images)),
+        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+    )
+
+
+def load_folder(path: Path, size: int) -> Images:
+    """Every image below a folder, by name: RGB, the central square, resized to size x size."""
+    from PIL import Image, ImageOps
+
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"no image below {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    pixels = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{file} cannot be read as an image: {error}; mend or remove it"
+            ) from error
+        pixels.append(torch.from_numpy(np.array(fitted)))
+    return Images(channels_first(torch.stack(pixels)), None)
+
+
+def channels_first(pixels: Tensor) -> Tensor:
+    """(N, H, W) or (N, H, W, C) to (N, C, H, W)."""
+    return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def to_model(pixels: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1], any shape (DDPM sec. 3.3)."""
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"expected uint8 pixels in 0..255, got {pixels.dtype}")
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] to uint8 0..255 by the nearest level, any shape; what lies outside is clamped."""
+    if not x.isfinite().all():
+        raise ValueError("an image holds NaN or infinity; the model or the sampler diverged")
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class Batches:
+    """Random batches of images in [-1, 1]: `batches(k)` is a pure function of (seed, k).
+
+    Each epoch is a fresh permutation without its incomplete last batch. pixels: (N, C, H, W) uint8, on
+    the device where the batches are wanted. flip: mirror half of the images, left to right.
+    """
+
+    def __init__(self, pixels: Tensor, batch_size: int, seed: int = 0, flip: bool = False):
+        if not 1 <= batch_size <= len(pixels):
+            raise ValueError(
+                f"batch_size must lie in 1..{len(pixels)} (the images at hand), got {batch_size}"
+            )
+        self.pixels, self.batch_size, self.seed, self.flip = pixels, batch_size, seed, flip
+        self.epoch, self.order = -1, None
+
+    def __call__(self, k: int) -> Tensor:
+        """Batch k = 0, 1, ...: (batch_size, C, H, W) float32."""
+        epoch, position = divmod(k, len(self.pixels) // self.batch_size)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, torch.from_numpy(rng.permutation(len(self.pixels)))
+        start = position * self.batch_size
+        x = to_model(
+            self.pixels[self.order[start : start + self.batch_size].to(self.pixels.device)]
+        )
+        if self.flip:
+            mirror = torch.from_numpy(
+                np.random.default_rng([self.seed, epoch, k]).random(len(x)) < 0.5
+            )
+            x = torch.where(mirror.to(x.device)[:, None, None, None], x.flip(3), x)
+        return x
+
+
+def eight_gaussians(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """n points (n, 2) from eight round Gaussians on a circle of radius 1, each of deviation 0.1."""
+    angle = torch.randint(8, (n,), generator=generator) * (2 * torch.pi / 8)
+    centre = torch.stack([angle.cos(), angle.sin()], dim=1)
+    return centre + 0.1 * torch.randn(n, 2, generator=generator)
+
+
+def two_moons(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """n points (n, 2) on two interleaved half circles, noise of deviation 0.05, within about [-1, 1]."""
+    angle = torch.rand(n, generator=generator) * torch.pi
+    upper = torch.rand(n, generator=generator) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
+    return torch.stack([x, y], dim=1) / 1.5 + 0.05 * torch.randn(n, 2, generator=generator)

@@ -1,0 +1,111 @@
+"""Likelihood: the variational bound, term by term, and bits per dimension."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from minddpm.process import q_posterior, q_sample
+from minddpm.schedule import Schedule, Time, cast
+
+
+def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
+    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise, with broadcasting."""
+    log_ratio = log_var2 - log_var1
+    distance = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
+    return 0.5 * (log_ratio + torch.exp(-log_ratio) + distance - 1)
+
+
+def decoder_log_likelihood(x0: Tensor, mean: Tensor, log_var: Tensor, levels: int = 256) -> Tensor:
+    """log P(x_0) under N(mean, var) cut into `levels` bins of [-1, 1], elementwise, nats (DDPM eq. 13).
+
+    x0 lies on the grid -1, -1 + 2 / (levels - 1), ..., 1; the two outer bins reach to infinity.
+    """
+    half_bin, inverse_std = 1 / (levels - 1), torch.exp(-0.5 * log_var)
+    right = (x0 + half_bin - mean) * inverse_std
+    left = (x0 - half_bin - mean) * inverse_std
+    # A bin's mass is a difference of two tails; taken in the tail it lies in, it keeps its digits.
+    flip = left > 0
+    near, far = torch.where(flip, -left, right), torch.where(flip, -right, left)
+    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
+    inside = log_near + torch.log(-torch.expm1((log_far - log_near).clamp(max=-1e-7)))
+    first, last = x0 < half_bin - 1, x0 > 1 - half_bin
+    edge = torch.special.log_ndtr(torch.where(first, right, -left))
+    return torch.where(first | last, edge, inside)
+
+
+def bound_term(denoiser, x0: Tensor, xt: Tensor, t: Time, s: Time, prediction) -> Tensor:
+    """One term of the bound, (B,), bits per dimension: the decoder where s = 0, else a KL (DDPM eq. 5).
+
+    x0, xt: (B, ...); prediction: what the denoiser made of x_t.
+    """
+    mean, log_var = denoiser.reverse(xt, t, s, prediction)
+    true_mean, true_var = q_posterior(denoiser.schedule, x0, xt, t, s)
+    kl = normal_kl(true_mean, true_var.clamp(min=1e-30).log(), mean, log_var)
+    last = cast((torch.as_tensor(s) == 0).double(), xt).bool()
+    nats = torch.where(last, -decoder_log_likelihood(x0, mean, log_var), kl)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)), (B,), bits per dimension (DDPM eq. 5)."""
+    signal, noise = schedule.scales(schedule.T, like=x0)
+    zero = torch.zeros_like(noise)
+    return normal_kl(signal * x0, 2 * noise.log(), zero, zero).flatten(1).mean(1) / math.log(2)
+
+
+@torch.no_grad()
+def vlb_terms(
+    denoiser, x0: Tensor, grid=None, clip: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """The bound on -log2 p(x_0) per dimension, term by term, (B, K + 1) (DDPM eq. 5).
+
+    x0: (B, ...) on the 256 levels of [-1, 1]. grid: T = t_0 > ... > t_K = 0, every step unless given.
+    Column k is the term that ends in the grid's k-th time counted from 0: with every step it is the
+    paper's L_k, column 0 the decoder and column T the prior. Each entry is one Monte Carlo draw of
+    x_t, so columns and rows are unbiased estimates.
+    """
+    check_levels(x0)
+    schedule = denoiser.schedule
+    grid = list(range(schedule.T, -1, -1)) if grid is None else check_grid(schedule, grid)
+    terms = [prior_term(schedule, x0)]
+    for t, s in pairwise(grid):
+        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+        xt = q_sample(schedule, x0, t, eps)
+        terms.append(bound_term(denoiser, x0, xt, t, s, denoiser(xt, t, clip=clip)))
+    return torch.stack(terms[::-1], dim=1)
+
+
+def bits_per_dim(log_density: Tensor, dims: int, levels: int = 256) -> Tensor:
+    """Bits per dimension of data on `levels` grey values, from a log-density in nats over [-1, 1]^dims.
+
+    A grey value is a cell of width 2 / (levels - 1): its probability is about density times width,
+    hence the constant log2((levels - 1) / 2), 6.99 bits for 256 levels (Score SDE sec. 4.3).
+    """
+    return -log_density / (dims * math.log(2)) + math.log2((levels - 1) / 2)
+
+
+def check_levels(x0: Tensor, levels: int = 256) -> None:
+    """Raises ValueError unless x0 lies on the grey values -1, -1 + 2 / (levels - 1), ..., 1."""
+    grey = (x0.double() + 1) * (levels - 1) / 2
+    if (grey - grey.round()).abs().max() > 1e-2 or x0.abs().max() > 1 + 1e-6:
+        raise ValueError(
+            f"a likelihood in bits needs images on {levels} levels in [-1, 1]; "
+            "scale uint8 images with minddpm.data.to_model"
+        )
+
+
+def check_grid(schedule: Schedule, grid) -> list[int]:
+    """The grid as a list; raises ValueError unless it falls strictly from at most T to 0."""
+    grid = [int(t) for t in grid]
+    if (
+        len(grid) < 2
+        or grid[0] > schedule.T
+        or grid[-1] != 0
+        or any(t <= s for t, s in pairwise(grid))
+    ):
+        raise ValueError(
+            f"a grid must fall strictly from at most T = {schedule.T} to 0, got {grid}"
+        )
+    return grid

@@ -1,0 +1,112 @@
+"""The denoiser: a network, a schedule, and what the network's output stands for."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minddpm.process import posterior_coefficients, reverse_log_variance
+from minddpm.schedule import Schedule, Time, cast
+
+# What a network may predict: a combination on_x0 * x_0 + on_eps * eps, as (on_x0, on_eps).
+TARGETS = {
+    "eps": lambda signal, noise: (torch.zeros_like(noise), torch.ones_like(noise)),
+    "x0": lambda signal, noise: (torch.ones_like(signal), torch.zeros_like(signal)),
+    "v": lambda signal, noise: (-noise, signal),
+}
+VARIANCES = ("small", "large", "learned")
+
+
+class Prediction(NamedTuple):
+    """A consistent pair: x_t = signal * x0 + noise * eps, both (B, ...).
+
+    `fraction` places the log of the reverse variance between small (0) and large (1): a float, or
+    (B, ...) where the network learns it.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    fraction: float | Tensor
+
+
+class Denoiser(nn.Module):
+    """Reads the output of `net(x_t, t)` as a prediction of the clean image and of the noise.
+
+    net: any callable (x_t (B, C, ...), t (B,)) -> (B, C, ...); 2C channels when variance is "learned".
+    predicts: "eps" (DDPM eq. 11), "x0" or "v" = signal * eps - noise * x0.
+    variance: "small" or "large" (DDPM sec. 3.2), or "learned" (Improved DDPM eq. 15).
+    """
+
+    def __init__(self, net, schedule: Schedule, predicts: str = "eps", variance: str = "large"):
+        super().__init__()
+        if predicts not in TARGETS:
+            raise ValueError(f"predicts must be one of {', '.join(TARGETS)}, got {predicts!r}")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+        self.net, self.schedule, self.predicts, self.variance = net, schedule, predicts, variance
+
+    def forward(self, xt: Tensor, t: Time, clip: bool = False) -> Prediction:
+        """Predict from x_t (B, ...) at t in 1..T; `clip` keeps x0 in [-1, 1] and derives eps from that x0."""
+        output, fraction = self.read(xt, t)
+        x0, eps = self.solve(xt, output, t)
+        if clip:
+            signal, noise = self.schedule.scales(t, like=xt)
+            x0 = x0.clamp(-1, 1)
+            eps = (xt - signal * x0) / noise
+        return Prediction(x0, eps, fraction)
+
+    def read(self, xt: Tensor, t: Time) -> tuple[Tensor, float | Tensor]:
+        """The network's raw answer (B, ...) and the variance fraction that goes with it."""
+        signal, _ = self.schedule.at(t)
+        if (torch.as_tensor(t) == 0).any():
+            raise ValueError(
+                "t = 0 is the clean image, with nothing to denoise; t must lie in 1..T"
+            )
+        cast(
+            signal, xt
+        )  # one clear error for a wrong dtype or batch size, before the network sees it
+        steps = torch.as_tensor(t, device=xt.device).expand(len(xt))
+        output = self.net(xt, steps)
+        fraction = {"small": 0.0, "large": 1.0}.get(self.variance)
+        if fraction is None:
+            output, raw = output.chunk(2, dim=1)
+            fraction = (raw + 1) / 2
+        if output.shape != xt.shape:
+            raise ValueError(
+                f"the network returned {tuple(output.shape)} per prediction for x_t of shape {tuple(xt.shape)}; "
+                f"with variance = {self.variance!r} it must return "
+                + ("twice as many channels" if self.variance == "learned" else "the same shape")
+            )
+        return output, fraction
+
+    def solve(self, xt: Tensor, output: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """(x0, eps) from x_t and the network's answer: two linear equations in two unknowns."""
+        signal, noise = self.schedule.at(t)
+        on_x0, on_eps = TARGETS[self.predicts](signal, noise)
+        det = signal * on_eps - noise * on_x0
+        x0 = cast(on_eps / det, xt) * xt - cast(noise / det, xt) * output
+        eps = cast(signal / det, xt) * output - cast(on_x0 / det, xt) * xt
+        return x0, eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+        """What the network should have answered, (B, ...)."""
+        on_x0, on_eps = TARGETS[self.predicts](*self.schedule.at(t))
+        return cast(on_x0, x0) * x0 + cast(on_eps, x0) * eps
+
+    def reverse(
+        self, xt: Tensor, t: Time, s: Time, prediction: Prediction
+    ) -> tuple[Tensor, Tensor]:
+        """(mean, log_var) of p(x_s | x_t): the posterior with the predicted x0 in place of x_0 (DDPM eq. 1, 11).
+
+        mean (B, ...); log_var () or broadcastable to it.
+        """
+        on_x0, on_xt, _ = posterior_coefficients(self.schedule, t, s)
+        small, large = (cast(x, xt) for x in reverse_log_variance(self.schedule, t, s))
+        log_var = prediction.fraction * large + (1 - prediction.fraction) * small
+        return cast(on_x0, xt) * prediction.x0 + cast(on_xt, xt) * xt, log_var
+
+
+def score(denoiser: Denoiser, xt: Tensor, t: Time) -> Tensor:
+    """The gradient of log q(x_t) as the denoiser sees it, -eps / noise, (B, ...)."""
+    _, noise = denoiser.schedule.scales(t, like=xt)
+    return -denoiser(xt, t).eps / noise
