@@ -21,8 +21,8 @@ help:  ## List these commands
 
 $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "minddpm needs Python 3.11 or newer, and $(PYTHON) is not:" \
-	    "name one that is, as in: make PYTHON=python3.12 book"; exit 1; }
+	  echo "minddpm needs Python 3.11 or newer, and $(PYTHON) is older or absent;" \
+	    "name another, as in: make PYTHON=python3.12 book"; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): once, a few minutes, about 6 GB with PyTorch."

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors in a safetensors file, the config beside them as JSON. Never pickled code."""
+"""Checkpoints: tensors in a safetensors file, the config in its header as JSON; no pickled code."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FORMAT = "minddpm 1"
 
 
 def build(config: Config, channels: int, size: int) -> Denoiser:
-    """The untrained denoiser that a config describes, for images of `channels` x `size` x `size`."""
+    """The untrained denoiser that a config describes, for images (channels, size, size)."""
     model = config.model
     net = UNet(
         channels=channels,
@@ -111,13 +111,13 @@ def state_tensors(state) -> dict[str, torch.Tensor]:
 
 
 def save_state(path: str | Path, state, config: Config, **facts) -> None:
-    """Write all that training needs to go on exactly: weights, average, Adam's moments, loss scale, step."""
+    """Write what training needs to go on exactly: weights, average, Adam's moments, scale, step."""
     facts |= {"step": state.step, "shape": list(state.net.shape)}
     save(path, state_tensors(state), config, **facts)
 
 
 def load_state(path: str | Path, state) -> dict:
-    """Put a TrainState back where save_state found it, so that its next update is the one that came next.
+    """Put a TrainState back where save_state found it: its next update is the one that came next.
 
     Returns the facts that were saved.
     """

@@ -1,4 +1,4 @@
-"""Everything that defines a run, as data: fields named as in the papers' appendices, and presets."""
+"""What defines a run, as data: fields named as in the papers' appendices, and presets."""
 
 from dataclasses import dataclass, field
 from typing import Literal

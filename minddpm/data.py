@@ -22,9 +22,9 @@ def load(source: str, split: str = "train", root: str = "data", size: int = 32) 
 
     source: "digits" (scikit-learn's 1,797, 8 x 8 grey; "test" is every fifth), "mnist" (padded to
     32 x 32), "cifar10" (both downloaded to `root`), the path of an `.npz` holding `images`
-    (N, H, W) or (N, H, W, C) uint8 and perhaps `labels` (N,), or the path of a folder of images, read
-    as RGB, cut to their central square and resized to `size`. split: "train", "test" or "all" (for the
-    named ones). Raises ValueError or FileNotFoundError with one line that says what is wrong.
+    (N, H, W) or (N, H, W, C) uint8 and perhaps `labels` (N,), or the path of a folder of images,
+    read as RGB, cut to their central square and resized to `size`. split: "train", "test" or "all",
+    of the named ones. Raises ValueError or FileNotFoundError with one line that says what is wrong.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be train, test or all, got {split!r}")
@@ -33,7 +33,8 @@ def load(source: str, split: str = "train", root: str = "data", size: int = 32) 
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(
-            f"no data set or file {source!r}: expected {', '.join(NAMED)}, an .npz file or a folder of images"
+            f"no data set or file {source!r}: expected {', '.join(NAMED)}, an .npz file "
+            "or a folder of images"
         )
     return load_folder(path, size) if path.is_dir() else load_npz(path)
 
@@ -58,7 +59,7 @@ def load_torchvision(name: str, split: str, root: str) -> Images:
         sets = [getattr(datasets, name)(root, train=train, download=True) for train in parts]
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{name} is neither complete in {str(Path(root).resolve())!r} nor could it be downloaded "
+            f"{name} is not complete in {str(Path(root).resolve())!r} and could not be downloaded "
             f"({str(error).splitlines()[0]}); check the network, or put the official files there"
         ) from error
     pixels = torch.cat([torch.as_tensor(d.data) for d in sets])
@@ -80,7 +81,7 @@ NAMED = {
 
 
 def load_npz(path: Path) -> Images:
-    """An `.npz` with `images`, uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3, and perhaps `labels`."""
+    """An `.npz` with `images`, uint8 (N, H, W) or (N, H, W, 1 or 3), and perhaps `labels` (N,)."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file}
@@ -150,8 +151,8 @@ def to_uint8(x: Tensor) -> Tensor:
 class Batches:
     """Random batches of images in [-1, 1]: `batches(k)` is a pure function of (seed, k).
 
-    Each epoch is a fresh permutation without its incomplete last batch. pixels: (N, C, H, W) uint8, on
-    the device where the batches are wanted. flip: mirror half of the images, left to right.
+    Each epoch is a fresh permutation without its incomplete last batch. pixels: (N, C, H, W) uint8,
+    on the device where the batches are wanted. flip: mirror half of the images, left to right.
     """
 
     def __init__(self, pixels: Tensor, batch_size: int, seed: int = 0, flip: bool = False):
@@ -188,7 +189,7 @@ def eight_gaussians(n: int, generator: torch.Generator | None = None) -> Tensor:
 
 
 def two_moons(n: int, generator: torch.Generator | None = None) -> Tensor:
-    """n points (n, 2) on two interleaved half circles, noise of deviation 0.05, within about [-1, 1]."""
+    """n points (n, 2) on two interleaved half circles in [-1, 1], give or take noise of 0.05."""
     angle = torch.rand(n, generator=generator) * torch.pi
     upper = torch.rand(n, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5

@@ -18,7 +18,7 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) 
 
 
 def decoder_log_likelihood(x0: Tensor, mean: Tensor, log_var: Tensor, levels: int = 256) -> Tensor:
-    """log P(x_0) under N(mean, var) cut into `levels` bins of [-1, 1], elementwise, nats (DDPM eq. 13).
+    """log P(x_0), nats, elementwise, under N(mean, var) cut into `levels` bins (DDPM eq. 13).
 
     x0 lies on the grid -1, -1 + 2 / (levels - 1), ..., 1; the two outer bins reach to infinity.
     """
@@ -36,7 +36,7 @@ def decoder_log_likelihood(x0: Tensor, mean: Tensor, log_var: Tensor, levels: in
 
 
 def bound_term(denoiser, x0: Tensor, xt: Tensor, t: Time, s: Time, prediction) -> Tensor:
-    """One term of the bound, (B,), bits per dimension: the decoder where s = 0, else a KL (DDPM eq. 5).
+    """One term of the bound, (B,) bits per dimension: the decoder at s = 0, else a KL (DDPM eq. 5).
 
     x0, xt: (B, ...); prediction: what the denoiser made of x_t.
     """
@@ -61,10 +61,10 @@ def vlb_terms(
 ) -> Tensor:
     """The bound on -log2 p(x_0) per dimension, term by term, (B, K + 1) (DDPM eq. 5).
 
-    x0: (B, ...) on the 256 levels of [-1, 1]. grid: T = t_0 > ... > t_K = 0, every step unless given.
-    Column k is the term that ends in the grid's k-th time counted from 0: with every step it is the
-    paper's L_k, column 0 the decoder and column T the prior. Each entry is one Monte Carlo draw of
-    x_t, so columns and rows are unbiased estimates.
+    x0: (B, ...) on the 256 levels of [-1, 1]. grid: T = t_0 > ... > t_K = 0, every step unless
+    given. Column k is the term that ends in the grid's k-th time counted from 0: with every step it
+    is the paper's L_k, column 0 the decoder and column T the prior. Each entry is one Monte Carlo
+    draw of x_t, so columns and rows are unbiased estimates.
     """
     check_levels(x0)
     schedule = denoiser.schedule
@@ -78,7 +78,7 @@ def vlb_terms(
 
 
 def bits_per_dim(log_density: Tensor, dims: int, levels: int = 256) -> Tensor:
-    """Bits per dimension of data on `levels` grey values, from a log-density in nats over [-1, 1]^dims.
+    """Bits per dimension on `levels` grey values, from a log-density in nats over [-1, 1]^dims.
 
     A grey value is a cell of width 2 / (levels - 1): its probability is about density times width,
     hence the constant log2((levels - 1) / 2), 6.99 bits for 256 levels (Score SDE sec. 4.3).

@@ -22,7 +22,7 @@ def simple_loss(denoiser, x0: Tensor, t: Tensor | None = None, eps: Tensor | Non
 def vlb_loss(denoiser, x0: Tensor, t: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
     """T times a random term L_{t-1}, (B,), bits per dimension (Improved DDPM eq. 4).
 
-    Its mean over t is the bound without L_T, which no parameter can change. Arguments as in simple_loss.
+    Its mean over t is the bound without L_T, which no parameter changes. Arguments as above.
     """
     t, eps = draw(denoiser.schedule.T, x0, t, eps)
     xt = q_sample(denoiser.schedule, x0, t, eps)
@@ -34,7 +34,7 @@ def hybrid_loss(
 ) -> Tensor:
     """simple_loss + weight * vlb_loss, (B,), from one network call (Improved DDPM eq. 16).
 
-    The bound's gradient reaches the variance alone: the mean is detached. Arguments as in simple_loss.
+    The bound's gradient reaches the variance alone: the mean is detached. Arguments as above.
     """
     t, eps = draw(denoiser.schedule.T, x0, t, eps)
     xt = q_sample(denoiser.schedule, x0, t, eps)
@@ -44,7 +44,7 @@ def hybrid_loss(
     return squared_error(output, denoiser.target(x0, eps, t)) + weight * bound
 
 
-def draw(T: int, x0: Tensor, t: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: N803
+def draw(T: int, x0: Tensor, t: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
     """t ~ Uniform{1..T} on the CPU and eps ~ N(0, I) like x0, where not given (DDPM alg. 1)."""
     t = torch.randint(1, T + 1, (len(x0),)) if t is None else t
     return t, torch.randn_like(x0) if eps is None else eps

@@ -1,7 +1,7 @@
 """Exact denoisers: data distributions simple enough that everything about x_t is known.
 
 For x_0 from a mixture of Gaussians, x_t = signal * x_0 + noise * eps is a mixture of Gaussians too:
-its density, its score and the best prediction E[x_0 | x_t] are closed forms. They are the truth that
+its density, its score and the best prediction E[x_0 | x_t] are closed forms, the truth that
 samplers, bounds and trained networks are held against.
 """
 
@@ -47,7 +47,7 @@ class GaussianMixture:
     def log_prob(
         self, xt: Tensor, signal: float | Tensor = 1.0, noise: float | Tensor = 0.0
     ) -> Tensor:
-        """log q(x_t), (B,) nats, of x_t (B, ...) = signal * x_0 + noise * eps; of x_0 itself by default."""
+        """log q(x_t), (B,) nats, x_t (B, ...) = signal * x_0 + noise * eps; of x_0 by default."""
         return self._solve(xt, signal, noise)[0].logsumexp(1)
 
     def x0_mean(self, xt: Tensor, signal: float | Tensor, noise: float | Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class GaussianMixture:
         return log_joint, (log_joint.softmax(1)[..., None] * (self.means + shift)).sum(1)
 
     def _solve_round(self, x, signal, total) -> tuple[Tensor, Tensor]:
-        """_solve for components of one variance, from distances alone, without a (B, K, D) table."""
+        """_solve for components of one variance, from distances, without a (B, K, D) table."""
         squares = x.square().sum(1, keepdim=True) + signal**2 * self.means.square().sum(1)
         distance = (squares - 2 * signal * (x @ self.means.T)).clamp(min=0)
         log_q = -0.5 * (distance / total + x.shape[1] * torch.log(2 * math.pi * total))
@@ -115,5 +115,5 @@ def gaussian(mean: Tensor, cov: Tensor) -> GaussianMixture:
 
 
 def finite(points: Tensor) -> GaussianMixture:
-    """The data set itself, each of its points (N, ...) with weight 1 / N: the denoiser that memorizes."""
+    """The data set itself, its points (N, ...) with weight 1 / N each: the best at memorizing."""
     return GaussianMixture(points.flatten(1), 0.0)

@@ -32,7 +32,8 @@ class Prediction(NamedTuple):
 class Denoiser(nn.Module):
     """Reads the output of `net(x_t, t)` as a prediction of the clean image and of the noise.
 
-    net: any callable (x_t (B, C, ...), t (B,)) -> (B, C, ...); 2C channels when variance is "learned".
+    net: any callable (x_t (B, C, ...), t (B,)) -> (B, C, ...), or 2C channels where it learns the
+    variance.
     predicts: "eps" (DDPM eq. 11), "x0" or "v" = signal * eps - noise * x0.
     variance: "small" or "large" (DDPM sec. 3.2), or "learned" (Improved DDPM eq. 15).
     """
@@ -46,7 +47,7 @@ class Denoiser(nn.Module):
         self.net, self.schedule, self.predicts, self.variance = net, schedule, predicts, variance
 
     def forward(self, xt: Tensor, t: Time, clip: bool = False) -> Prediction:
-        """Predict from x_t (B, ...) at t in 1..T; `clip` keeps x0 in [-1, 1] and derives eps from that x0."""
+        """Predict from x_t (B, ...) at t in 1..T; `clip` cuts x0 to [-1, 1] and derives eps from it."""
         output, fraction = self.read(xt, t)
         x0, eps = self.solve(xt, output, t)
         if clip:
@@ -73,7 +74,7 @@ class Denoiser(nn.Module):
             fraction = (raw + 1) / 2
         if output.shape != xt.shape:
             raise ValueError(
-                f"the network returned {tuple(output.shape)} per prediction for x_t of shape {tuple(xt.shape)}; "
+                f"the network returned {tuple(output.shape)} for x_t of shape {tuple(xt.shape)}; "
                 f"with variance = {self.variance!r} it must return "
                 + ("twice as many channels" if self.variance == "learned" else "the same shape")
             )
@@ -96,9 +97,9 @@ class Denoiser(nn.Module):
     def reverse(
         self, xt: Tensor, t: Time, s: Time, prediction: Prediction
     ) -> tuple[Tensor, Tensor]:
-        """(mean, log_var) of p(x_s | x_t): the posterior with the predicted x0 in place of x_0 (DDPM eq. 1, 11).
+        """(mean, log_var) of p(x_s | x_t) (DDPM eq. 1, 11).
 
-        mean (B, ...); log_var () or broadcastable to it.
+        The mean is the posterior's with the predicted x0 in place of the true one. mean (B, ...); log_var () or broadcastable to it.
         """
         on_x0, on_xt, _ = posterior_coefficients(self.schedule, t, s)
         small, large = (cast(x, xt) for x in reverse_log_variance(self.schedule, t, s))

@@ -11,9 +11,9 @@ from minddpm.schedule import Schedule, Time, cast
 
 
 def forward_coefficients(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor, Tensor]:
-    """(scale, var) of q(x_t | x_s) = N(scale * x_s, var * I), float64, shaped like t and s (DDPM eq. 2).
+    """(scale, var) of q(x_t | x_s) = N(scale * x_s, var * I) (DDPM eq. 2).
 
-    With s = t - 1: scale = sqrt(1 - beta_t) and var = beta_t.
+    float64, shaped like t and s. With s = t - 1: scale = sqrt(1 - beta_t) and var = beta_t.
     Raises ValueError unless 0 <= s < t <= T.
     """
     signal_t, noise_t = schedule.at(t)
@@ -39,7 +39,7 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
 
 
 def posterior_coefficients(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor, Tensor, Tensor]:
-    """(on_x0, on_xt, var) of q(x_s | x_t, x_0) = N(on_x0 * x_0 + on_xt * x_t, var * I) (DDPM eq. 7).
+    """(a, b, var) of q(x_s | x_t, x_0) = N(a * x_0 + b * x_t, var * I) (DDPM eq. 7).
 
     float64, shaped like t and s. At s = 0 they are (1, 0, 0): x_0 is known.
     """
@@ -52,19 +52,20 @@ def posterior_coefficients(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor
 def q_posterior(
     schedule: Schedule, x0: Tensor, xt: Tensor, t: Time, s: Time
 ) -> tuple[Tensor, Tensor]:
-    """(mean, var) of q(x_s | x_t, x_0): mean (B, ...) like x0, var () or (B, 1, ..., 1) (DDPM eq. 6, 7)."""
+    """(mean (B, ...), var () or (B, 1, ..., 1)) of q(x_s | x_t, x_0) (DDPM eq. 6, 7)."""
     check_same_shape(x0=x0, xt=xt)
     on_x0, on_xt, var = posterior_coefficients(schedule, t, s)
     return cast(on_x0, xt) * x0 + cast(on_xt, xt) * xt, cast(var, xt)
 
 
 def reverse_log_variance(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor, Tensor]:
-    """(small, large): the logs of the two reverse variances, float64, shaped like t and s (DDPM sec. 3.2).
+    """(small, large): the logs of the two reverse variances (DDPM sec. 3.2).
 
-    `small` is the posterior's variance (beta-tilde for s = t - 1), `large` the forward step's (beta).
+    float64, shaped like t and s. `small` is the posterior's variance (beta-tilde for s = t - 1),
+    `large` the forward step's (beta).
     A learned variance is exp(v * large + (1 - v) * small) with v in [0, 1] (Improved DDPM eq. 15).
-    At s = 0 the posterior's variance is 0 and has no log: there `small` is the smallest positive one,
-    that of the step from 2 to 1, as in the authors' code.
+    At s = 0 the posterior's variance is 0 and has no log: there `small` is the variance of the step
+    from 2 to 1, as in the authors' code.
     """
     _, _, small = posterior_coefficients(schedule, t, s)
     _, large = forward_coefficients(schedule, t, s)

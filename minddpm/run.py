@@ -21,8 +21,8 @@ from minddpm.train import Record, TrainState, train
 class Run:
     """A run of `config` in the folder `out`, new or resumed; `go` trains it to its end.
 
-    Raises ValueError when `out` already holds a run and `resume` is not asked for, when it holds none
-    and it is, or when the run there was started with another config (more steps are welcome).
+    Raises ValueError when `out` holds a run and `resume` is not asked for, when it holds none and it
+    is, or when the run there was started with another config (more steps are welcome).
     """
 
     def __init__(
@@ -56,11 +56,12 @@ class Run:
         ]
         if changed:
             raise ValueError(
-                f"the run in {self.out} was started with {'; '.join(changed)}: give the same flags to resume it"
+                f"the run in {self.out} was started with {'; '.join(changed)}: "
+                "give the same flags to resume it"
             )
 
     def go(self) -> None:
-        """Train, showing progress, to the last step or to Ctrl-C; write a checkpoint and samples, and say so."""
+        """Train, showing progress, to the last step or to Ctrl-C; save, and say how to go on."""
         loss_fn = hybrid_loss if self.config.model.variance == "learned" else simple_loss
         updates = train(self.state, lambda x: loss_fn(self.denoiser, x), self.batch)
         steps, began = self.config.train.steps, time.monotonic() - self.seconds
@@ -89,7 +90,8 @@ class Run:
         loss = record.loss.item()
         if not torch.isfinite(record.loss):
             raise FloatingPointError(
-                f"the loss is {loss} at step {record.step}: lower --learning-rate or use --precision fp32; "
+                f"the loss is {loss} at step {record.step}: lower --learning-rate or take "
+                "--precision fp32; "
                 f"the last checkpoint in {self.out} is as it was"
             )
         rate = (
@@ -112,7 +114,7 @@ class Run:
 
 
 class Interrupt:
-    """Within the block, the first Ctrl-C only sets `asked`, so that an update is never cut in half."""
+    """Within the block, the first Ctrl-C only sets `asked`: no update is cut in half."""
 
     def __enter__(self) -> "Interrupt":
         self.asked, self.before = False, signal.signal(signal.SIGINT, self._ask)

@@ -32,13 +32,13 @@ class Sample(NamedTuple):
     x0: Tensor
 
 
-def uniform_grid(T: int, steps: int) -> list[int]:  # noqa: N803
+def uniform_grid(T: int, steps: int) -> list[int]:
     """T = t_0 > ... > t_steps = 0, evenly spaced and rounded (DDIM sec. 4.2)."""
     check_steps(T, steps)
     return [round(T * k / steps) for k in range(steps, -1, -1)]
 
 
-def quadratic_grid(T: int, steps: int) -> list[int]:  # noqa: N803
+def quadratic_grid(T: int, steps: int) -> list[int]:
     """T = t_0 > ... > t_steps = 0 with t proportional to k^2, finer near the image (DDIM app. D.2).
 
     Where rounding would repeat a time, the next larger one is taken.
@@ -54,7 +54,7 @@ GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid}
 
 
 def ancestral(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, clip=True, generator=None):
-    """One step of the reverse chain (DDPM alg. 2): (x_s, prediction). No noise is added at s = 0."""
+    """One step of the reverse chain: (x_s, prediction); no noise at s = 0 (DDPM alg. 2)."""
     prediction = denoiser(xt, t, clip=clip)
     mean, log_var = denoiser.reverse(xt, t, s, prediction)
     if s == 0:
@@ -63,7 +63,7 @@ def ancestral(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, clip=True, gene
 
 
 def ddim(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, eta=0.0, clip=True, generator=None):
-    """One step of the non-Markovian family (DDIM eq. 12): (x_s, prediction). eta = 0 is deterministic."""
+    """One step of the non-Markovian family: (x_s, prediction); no noise at eta = 0 (DDIM eq. 12)."""
     prediction = denoiser(xt, t, clip=clip)
     signal, noise = denoiser.schedule.at(s)
     var = eta**2 * posterior_coefficients(denoiser.schedule, t, s)[2]
@@ -104,7 +104,7 @@ def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def check_steps(T: int, steps: int) -> None:  # noqa: N803
+def check_steps(T: int, steps: int) -> None:
     """Raises ValueError unless 1 <= steps <= T."""
     if not 1 <= steps <= T:
         raise ValueError(f"the number of steps must lie in 1..T = {T}, got {steps}")

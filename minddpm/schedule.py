@@ -5,7 +5,7 @@ steps, the paper's own index, so entry 0 is the clean image:
 
     x_t = signal[t] * x_0 + noise[t] * eps,    eps ~ N(0, I)
 
-DDPM's schedules are variance-preserving: signal[t] = sqrt(alpha_bar_t), noise[t] = sqrt(1 - alpha_bar_t).
+DDPM's preserve the variance: signal[t] = sqrt(alpha_bar_t), noise[t] = sqrt(1 - alpha_bar_t).
 """
 
 import math
@@ -46,7 +46,7 @@ class Schedule:
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Tensor) -> "Schedule":
-        """The variance-preserving schedule of a table alpha_bar[0..T], 1 = alpha_bar[0] > ... >= 0."""
+        """The variance-preserving schedule of alpha_bar[0..T], 1 = alpha_bar[0] > ... >= 0."""
         alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
         if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
             raise ValueError("alpha_bar must lie in [0, 1]")
@@ -54,14 +54,14 @@ class Schedule:
 
     @classmethod
     def from_beta(cls, beta: Tensor) -> "Schedule":
-        """The schedule of beta_1 ... beta_T: alpha_bar_t = prod_{i <= t} (1 - beta_i) (DDPM eq. 4)."""
+        """The schedule of beta_1 ... beta_T: alpha_bar is the running product of 1 - beta."""
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if not ((beta > 0) & (beta <= 1)).all():
             raise ValueError("every beta must lie in (0, 1]")
         return cls.from_alpha_bar(torch.cat([torch.ones(1).double(), (1 - beta).cumprod(0)]))
 
     @property
-    def T(self) -> int:  # noqa: N802 (the paper's symbol)
+    def T(self) -> int:
         """The number of noising steps."""
         return len(self.signal) - 1
 
@@ -94,7 +94,7 @@ class Schedule:
         return self.signal[t], self.noise[t]
 
     def scales(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(signal, noise) at t, ready to multiply `like`: its dtype and device, shape (B, 1, ..., 1)."""
+        """(signal, noise) at t, ready to multiply `like`: its dtype, its device, (B, 1, ..., 1)."""
         signal, noise = self.at(t)
         return cast(signal, like), cast(noise, like)
 
@@ -102,8 +102,9 @@ class Schedule:
 def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     """A float64 coefficient, () or (B,), cast to `like`'s dtype and device, shaped (B, 1, ..., 1).
 
-    Coefficients are derived in float64 and cast once, at the very end: sqrt(1 - alpha_bar_1) computed
-    in float32 is wrong in the fourth digit. Raises ValueError unless B is 1 or like's batch size.
+    Coefficients are derived in float64 and cast once, at the very end: sqrt(1 - alpha_bar_1)
+    computed in float32 is wrong in the fourth digit. Raises ValueError unless B is 1 or the size of
+    like's batch.
     """
     if not like.dtype.is_floating_point:
         raise TypeError(f"expected a floating-point image batch in [-1, 1], got {like.dtype}")
@@ -117,8 +118,8 @@ def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(like.dtype).to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
-def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:  # noqa: N803
-    """beta_1 ... beta_T evenly spaced from `first` to `last`, both scaled by 1000 / T (DDPM sec. 4).
+def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
+    """beta_1 ... beta_T evenly spaced, `first` to `last`, both times 1000 / T (DDPM sec. 4).
 
     The scaling keeps alpha_bar_T near 4e-5 for any T; at T = 1000 the betas are the paper's.
     """
@@ -127,14 +128,17 @@ def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule: 
     scale = 1000 / T
     if not 0 < first * scale <= last * scale <= 1:
         raise ValueError(
-            f"the betas, scaled by 1000 / T, must lie in (0, 1], got {first * scale:g}..{last * scale:g}; "
-            "take a larger T or smaller betas"
+            f"the betas, scaled by 1000 / T, must lie in (0, 1], got {first * scale:g}.."
+            f"{last * scale:g}; take a larger T or smaller betas"
         )
     return Schedule.from_beta(torch.linspace(first * scale, last * scale, T, dtype=torch.float64))
 
 
-def cosine(T: int = 1000, s: float = 0.008, cap: float = 0.999) -> Schedule:  # noqa: N803
-    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), beta <= cap (Improved DDPM eq. 17)."""
+def cosine(T: int = 1000, s: float = 0.008, cap: float = 0.999) -> Schedule:
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2) (Improved DDPM eq. 17).
+
+    Every beta is cut to at most `cap`.
+    """
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
     f = (

@@ -12,7 +12,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Record(NamedTuple):
-    """What one update did: its number (from 1), mean loss, gradient norm before clipping, learning rate."""
+    """What an update did: its number from 1, mean loss, unclipped gradient norm, learning rate."""
 
     step: int
     loss: Tensor
@@ -21,7 +21,7 @@ class Record(NamedTuple):
 
 
 class TrainState:
-    """A network in training: the network, its moving average, Adam, the loss scaler, the steps done.
+    """A network in training: with its moving average, Adam, the loss scaler and the steps done.
 
     config: needs learning_rate, warmup, cooldown, steps, grad_clip, ema_decay, precision and seed.
     """
@@ -38,11 +38,10 @@ class TrainState:
 def train(
     state: TrainState, loss_fn: Callable[[Tensor], Tensor], batch: Callable[[int], Tensor]
 ) -> Iterator[Record]:
-    """Update state.net until state.config.steps are done, yielding a Record after each update (DDPM alg. 1).
+    """Update state.net until config.steps are done, yielding a Record a step (DDPM alg. 1).
 
-    loss_fn: a batch to one loss per item, (B,). batch: the number of updates done so far to a batch.
-    Update k depends on (seed, k) alone, so a run resumed at k repeats what the whole run did there.
-    Raises FloatingPointError when the loss is not finite.
+    loss_fn: a batch to one loss an item, (B,). batch: the number of updates done to a batch.
+    Each update seeds torch from (seed, k), so that a run resumed at k repeats what it did there.
     """
     config, dtype = state.config, PRECISIONS[state.config.precision]
     state.net.train()

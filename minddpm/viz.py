@@ -68,7 +68,7 @@ def show(x: Tensor, columns: int = 8, title: str | None = None, ax=None):
 
 
 def film(frames: Tensor, labels: list[str]):
-    """Draw frames (K, N, C, H, W) as a strip: one column a frame under its label, one row an image."""
+    """Draw frames (K, N, C, H, W) as a strip: a column a frame under its label, a row an image."""
     import matplotlib.pyplot as plt
 
     if len(frames) != len(labels):
@@ -96,17 +96,19 @@ def snapshot(figure) -> Tensor:
 class Slider:
     """A figure to drag: the frames in one picture, moved under a window by a range input.
 
-    frames: (K, C, H, W), uint8 or in [-1, 1]. labels: what to show beside the handle, one a frame.
-    alt: what the figure shows, in words. name: of the quantity dragged. scale: screen pixels a pixel.
-    start: the first frame shown. A page without scripts shows that frame; paper shows it too.
+    frames: (K, C, H, W), uint8 or in [-1, 1]. labels: one a frame, shown beside the handle. alt:
+    what the figure shows, in words. name: of the quantity dragged. scale: screen pixels a pixel.
+    start: the frame shown first, and the only one on paper or without scripts.
     """
 
     HTML = (
         '<figure class="minddpm-slider" style="margin:0">'
-        '<img src="data:image/png;base64,{data}" alt="{alt}" style="width:{width}px;max-width:100%;height:auto;'
-        "aspect-ratio:{w}/{h};object-fit:cover;object-position:{position}% 0;image-rendering:{rendering}"
-        '"><br><label>{name} <input type="range" min="0" max="{last}" value="{start}" data-labels="{labels}" '
-        'aria-label="{name}" aria-valuetext="{label}" style="width:{width}px;max-width:70%" '
+        '<img src="data:image/png;base64,{data}" alt="{alt}" style="width:{width}px;'
+        "max-width:100%;height:auto;aspect-ratio:{w}/{h};object-fit:cover;"
+        "object-position:{position}% 0;"
+        'image-rendering:{rendering}"><br><label>{name} <input type="range" min="0" max="{last}" '
+        'value="{start}" data-labels="{labels}" aria-label="{name}" aria-valuetext="{label}" '
+        'style="width:{width}px;max-width:70%" '
         "oninput=\"const f=this.closest('figure'),l=this.dataset.labels.split('|')[+this.value];"
         "f.querySelector('img').style.objectPosition=100*this.value/{last}+'% 0';"
         "f.querySelector('output').value=l;this.setAttribute('aria-valuetext',l)\"> "
@@ -124,13 +126,13 @@ class Slider:
     ):
         if frames.ndim != 4 or len(frames) < 2 or len(frames) != len(labels):
             raise ValueError(
-                f"expected at least two frames (K, C, H, W) and K labels, got {tuple(frames.shape)} "
-                f"and {len(labels)} labels"
+                f"expected at least two frames (K, C, H, W) and K labels, got "
+                f"{tuple(frames.shape)} and {len(labels)} labels"
             )
         if len(frames) * frames.shape[3] > 16_000:
             raise ValueError(
-                f"{len(frames)} frames of width {frames.shape[3]} make a picture wider than browsers take; "
-                "keep their product at 16,000"
+                f"{len(frames)} frames of width {frames.shape[3]} make a picture wider than "
+                "browsers take; keep their product within 16,000"
             )
         self.frames, self.labels, self.alt = frames, [str(label) for label in labels], alt
         self.name, self.scale, self.start = name, scale, start
@@ -146,7 +148,11 @@ class Slider:
             label=html.escape(self.labels[start]),
             rendering="pixelated" if self.scale > 1 else "auto",
             width=w * self.scale,
-            **{"w": w, "h": h, "last": last, "start": start, "position": 100 * start / last},
+            w=w,
+            h=h,
+            last=last,
+            start=start,
+            position=100 * start / last,
         )
 
     def __repr__(self) -> str:

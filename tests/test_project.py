@@ -93,10 +93,9 @@ def test_mentions_are_found_in_every_form(mention):
 
 def test_mentions_of_pages_follow_and_others_stay():
     new = "https://github.com/someone/else"
-    assert (
-        set_repository.follow("https://old.github.io/minddpm/x", new, {"minddpm"})
-        == "https://someone.github.io/else/x"
-    )
+    page = "https://{}.github.io/{}/x"
+    moved = set_repository.follow(page.format("old", "minddpm"), new, {"minddpm"})
+    assert moved == page.format("someone", "else")
     for other in (
         "https://github.com/old/minddpm-extras",
         "https://github.com/hojonathanho/diffusion",
@@ -135,7 +134,7 @@ def test_bibliography_keys_can_be_link_targets():
     text = (ROOT / "book/references.bib").read_text(encoding="utf-8")
     keys = re.findall(r"(?m)^@\w+\{(.+),$", text)
     assert len(keys) == len(set(keys))
-    assert all(re.fullmatch(r"[a-z]+\d{4}[a-z]*|[a-z]+\d{4}[a-z0-9]*", key) for key in keys)
+    assert all(re.fullmatch(r"[a-z]+\d{4}[a-z0-9]*", key) for key in keys)
 
 
 def test_cell_ids_depend_on_the_source_alone():

@@ -7,7 +7,7 @@ from minddpm.nets.unet import time_embedding
 
 
 class MLP(nn.Module):
-    """(x_t (B, dim), t (B,)) -> (B, out_dim): residual layers of `width` units, the time added to each.
+    """(x_t (B, dim), t (B,)) -> (B, out_dim): residual layers of `width` units that see the time.
 
     `layers`: their number. out_dim: dim unless given; 2 * dim for a learned variance.
     """

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1e-4: (B,) -> (B, dim) float32."""
+    """Sines, then cosines, of t at dim / 2 frequencies from 1 to 1e-4: (B,) -> (B, dim) float32."""
     half = dim // 2
     frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
     angle = t.float()[:, None] * frequency
@@ -105,10 +105,10 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """(x_t (B, channels, size, size), t (B,)) -> (B, out_channels, size, size).
 
-    channels, size: of the images. width: channels at full resolution; multipliers: of the width, one
-    per resolution, each half the last. blocks: residual blocks per resolution on the way down (one
-    more on the way up). attention: the resolutions with attention after each block. dropout: its
-    probability. out_channels: channels unless given; 2 * channels for a learned variance.
+    channels, size: of the images. width: channels at full resolution; multipliers: of the width,
+    one per resolution, each half the last. blocks: residual blocks per resolution on the way down
+    (one more on the way up). attention: the resolutions with attention after each block. dropout:
+    its probability. out_channels: channels unless given; 2 * channels for a learned variance.
     Raises ValueError where size cannot be halved often enough.
     """
 
@@ -126,8 +126,8 @@ class UNet(nn.Module):
         super().__init__()
         if size % 2 ** (len(multipliers) - 1):
             raise ValueError(
-                f"{len(multipliers)} resolutions need a size divisible by {2 ** (len(multipliers) - 1)}, "
-                f"got {size}"
+                f"{len(multipliers)} resolutions need a size divisible by "
+                f"{2 ** (len(multipliers) - 1)}, got {size}"
             )
         if width % 4:
             raise ValueError(f"width must be a multiple of 4, got {width}")
