@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
         self.net, self.schedule, self.predicts, self.variance = net, schedule, predicts, variance
 
     def forward(self, xt: Tensor, t: Time, clip: bool = False) -> Prediction:
-        """Predict from x_t (B, ...) at t in 1..T; `clip` cuts x0 to [-1, 1] and derives eps from it."""
+        """Predict from x_t (B, ...) at t in 1..T; `clip` cuts x0 to [-1, 1] and eps follows."""
         output, fraction = self.read(xt, t)
         x0, eps = self.solve(xt, output, t)
         if clip:
@@ -99,7 +99,8 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(mean, log_var) of p(x_s | x_t) (DDPM eq. 1, 11).
 
-        The mean is the posterior's with the predicted x0 in place of the true one. mean (B, ...); log_var () or broadcastable to it.
+        mean (B, ...): the posterior's, with the predicted x0 for the true one. log_var: () or
+        (B, 1, ..., 1), or (B, ...) where it is learned.
         """
         on_x0, on_xt, _ = posterior_coefficients(self.schedule, t, s)
         small, large = (cast(x, xt) for x in reverse_log_variance(self.schedule, t, s))

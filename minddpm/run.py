@@ -21,8 +21,8 @@ from minddpm.train import Record, TrainState, train
 class Run:
     """A run of `config` in the folder `out`, new or resumed; `go` trains it to its end.
 
-    Raises ValueError when `out` holds a run and `resume` is not asked for, when it holds none and it
-    is, or when the run there was started with another config (more steps are welcome).
+    Raises ValueError when `out` holds a run and `resume` is not asked for, when it holds none and
+    it is, or when the run there was started with another config (more steps are welcome).
     """
 
     def __init__(

@@ -32,11 +32,11 @@ def set_theme_options(app, config):
 
 
 def remove_thebe(app, config):
-    """Disconnect thebe: the book does not use it."""
-    listeners = app.events.listeners
-    for event in listeners:
-        kept = [entry for entry in listeners[event] if entry.handler.__module__ != "sphinx_thebe"]
-        listeners[event] = kept
+    """Disconnect thebe from all but its style sheet: the book does not use it."""
+    for event, entries in app.events.listeners.items():
+        if event != "builder-inited":
+            kept = [entry for entry in entries if entry.handler.__module__ != "sphinx_thebe"]
+            app.events.listeners[event] = kept
 
 
 def name_folded_cells(app, doctree):
