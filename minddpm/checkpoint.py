@@ -48,9 +48,10 @@ def save(path: str | Path, tensors: dict[str, torch.Tensor], config: Config, **f
             {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata=header
         )
         os.replace(part, path)
-    except BaseException:
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} could not be written ({error}); what was there is intact") from error
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
@@ -69,21 +70,24 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
         ) from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by minddpm: its header does not say {FORMAT!r}")
-    return tensors, from_dict(json.loads(header["config"])), json.loads(header["facts"])
+    try:
+        return tensors, from_dict(json.loads(header["config"])), json.loads(header["facts"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the header of {path} cannot be used: {error}") from error
 
 
 def resolve(path: str | Path) -> Path:
     """The file meant by a path, a run's folder, or the name of shipped weights."""
-    shipped = SHIPPED / f"{path}.safetensors"
-    if shipped.is_file():
-        return shipped
+    shipped = {f.stem: f for f in SHIPPED.glob("*.safetensors")}
+    if str(path) in shipped:
+        return shipped[str(path)]
     path = Path(path)
     if path.is_dir():
         path = path / "last.safetensors"
     if not path.is_file():
-        names = ", ".join(sorted(f.stem for f in SHIPPED.glob("*.safetensors")))
         raise FileNotFoundError(
-            f"no checkpoint {str(path)!r}: expected a file, a run's folder or one of {names}"
+            f"no checkpoint {str(path)!r}: expected a file, a run's folder or one of "
+            + ", ".join(sorted(shipped))
         )
     return path
 
@@ -94,10 +98,20 @@ def load(path: str | Path, device: str = "cpu") -> Denoiser:
     path: a file, a run's folder, or the name of shipped weights ("digits").
     """
     tensors, config, facts = read(path)
-    denoiser = build(config, *facts["shape"][:2])
     weights = {name[4:]: x.float() for name, x in tensors.items() if name.startswith("ema.")}
-    denoiser.net.load_state_dict(weights)
+    try:
+        denoiser = build(config, *facts["shape"][:2])
+        denoiser.net.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold the network that its config describes") from error
     return denoiser.eval().requires_grad_(False).to(device)
+
+
+def export(path: str | Path, out: str | Path) -> None:
+    """Write the averaged weights of a checkpoint to `out`, in half precision: enough to sample."""
+    tensors, config, facts = read(path)
+    half = {name: x.half() for name, x in tensors.items() if name.startswith("ema.")}
+    save(out, half, config, **facts)
 
 
 def state_tensors(state) -> dict[str, torch.Tensor]:
@@ -107,7 +121,7 @@ def state_tensors(state) -> dict[str, torch.Tensor]:
     for i, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{k}": v for k, v in slots.items()}
     scale = state.scaler.state_dict()
-    return tensors | {f"scaler.{k}": torch.tensor(float(v)) for k, v in scale.items()}
+    return tensors | {f"scaler.{k}": torch.tensor(v) for k, v in scale.items()}
 
 
 def save_state(path: str | Path, state, config: Config, **facts) -> None:
@@ -119,15 +133,21 @@ def save_state(path: str | Path, state, config: Config, **facts) -> None:
 def load_state(path: str | Path, state) -> dict:
     """Put a TrainState back where save_state found it: its next update is the one that came next.
 
-    Returns the facts that were saved.
+    Returns the facts that were saved. Raises ValueError where they belong to another network.
     """
     tensors, _, facts = read(path)
     part = {}
     for name, x in tensors.items():
         prefix, rest = name.split(".", 1)
         part.setdefault(prefix, {})[rest] = x
-    state.net.load_state_dict(part["net"])
-    state.ema.module.load_state_dict(part["ema"])
+    try:
+        state.net.load_state_dict(part["net"])
+        state.ema.module.load_state_dict(part["ema"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} holds another network, for images of shape {facts.get('shape')}: "
+            "is the data still the same?"
+        ) from error
     state.ema.n_averaged.fill_(facts["step"])
     slots = {}
     for name, x in part.get("adam", {}).items():

@@ -66,6 +66,10 @@ class Sample:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
+        if self.out.suffix.lower() != ".png" or self.out.is_dir():
+            raise ValueError(f"out must name a .png file, got {str(self.out)!r}")
         device = pick_device(self.device)
         denoiser = checkpoint.load(self.model, device)
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -78,6 +82,22 @@ class Sample:
         print(f"{self.n} samples are in {self.out}")
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write a run's averaged weights in half precision: a small file to share and sample."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, or a checkpoint file."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The file to write."""
+
+    def __call__(self) -> None:
+        from minddpm import checkpoint
+
+        checkpoint.export(self.run, self.out)
+        print(f"weights of {self.run} are in {self.out}")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a mistake in the input ends it with one line and exit status 1."""
     trains = tyro.extras.subcommand_type_from_defaults(
@@ -87,7 +107,8 @@ def main(args: list[str] | None = None) -> None:
     )
     command = tyro.cli(
         Annotated[trains, tyro.conf.subcommand("train", description=Train.__doc__)]
-        | Annotated[Sample, tyro.conf.subcommand("sample", description=Sample.__doc__)],
+        | Annotated[Sample, tyro.conf.subcommand("sample", description=Sample.__doc__)]
+        | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)],
         prog="minddpm",
         description=__doc__,
         args=args,
@@ -97,3 +118,5 @@ def main(args: list[str] | None = None) -> None:
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"minddpm: {error}")
+    except KeyboardInterrupt:
+        sys.exit("minddpm: interrupted")

@@ -1,7 +1,7 @@
 """What defines a run, as data: fields named as in the papers' appendices, and presets."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class ModelConfig:
     """What the network predicts."""
     variance: Literal["small", "large", "learned"] = "large"
     """Variance of a reverse step."""
+
+    def __post_init__(self):
+        check(
+            self,
+            width=(self.width > 0 and self.width % 4 == 0, "a positive multiple of 4"),
+            multipliers=(min(self.multipliers, default=0) > 0, "at least one, each positive"),
+            blocks=(self.blocks > 0, "1 or more"),
+            dropout=(0 <= self.dropout < 1, "in [0, 1)"),
+            T=(self.T > 0, "1 or more"),
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,19 @@ class TrainConfig:
     seed: int = 0
     """Everything random in the run follows from it."""
 
+    def __post_init__(self):
+        check(
+            self,
+            steps=(self.steps > 0, "1 or more"),
+            batch_size=(self.batch_size > 0, "1 or more"),
+            learning_rate=(0 < self.learning_rate < float("inf"), "positive and finite"),
+            warmup=(self.warmup >= 0, "0 or more"),
+            cooldown=(self.cooldown >= 0, "0 or more"),
+            grad_clip=(self.grad_clip > 0, "positive (inf for none)"),
+            ema_decay=(0 <= self.ema_decay < 1, "in [0, 1)"),
+            seed=(0 <= self.seed < 2**63, "in 0..2^63 - 1"),
+        )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -69,12 +92,41 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """The optimisation."""
 
+    def __post_init__(self):
+        check(self, size=(self.size > 0, "1 or more"))
+
+
+def check(config, **rules: tuple[bool, str]) -> None:
+    """Raise ValueError for a field outside its choices, or whose rule (holds, need) is broken."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise ValueError(
+                f"{f.name} must be one of {', '.join(get_args(f.type))}, got {value!r}"
+            )
+        holds, need = rules.get(f.name, (True, ""))
+        if not holds:
+            raise ValueError(f"{f.name} must be {need}, got {value!r}")
+
 
 def from_dict(values: dict) -> Config:
-    """The config of nested dicts that `dataclasses.asdict` or JSON gave."""
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
-    rest = {k: v for k, v in values.items() if k not in ("model", "train")}
-    return Config(**rest, model=ModelConfig(**tuples), train=TrainConfig(**values["train"]))
+    """The config of nested dicts from `dataclasses.asdict` or JSON; what they lack has its default.
+
+    Raises ValueError for a field that this version does not know, or a value that cannot be.
+    """
+    parts = {"model": ModelConfig, "train": TrainConfig}
+    built = {name: make(cls, values.get(name, {})) for name, cls in parts.items()}
+    return make(Config, values | built)
+
+
+def make(cls: type, values: dict):
+    """A config dataclass of a dict, lists made tuples."""
+    unknown = values.keys() - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(
+            f"unknown in a config: {', '.join(sorted(unknown))}; a newer minddpm wrote it: upgrade"
+        )
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 DIGITS = Config(

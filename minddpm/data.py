@@ -57,10 +57,10 @@ def load_torchvision(name: str, split: str, root: str) -> Images:
     parts = {"train": [True], "test": [False], "all": [True, False]}[split]
     try:
         sets = [getattr(datasets, name)(root, train=train, download=True) for train in parts]
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # torchvision raises as many for a damaged file
         raise ValueError(
             f"{name} is not complete in {str(Path(root).resolve())!r} and could not be downloaded "
-            f"({str(error).splitlines()[0]}); check the network, or put the official files there"
+            f"({describe(error)}); check the network, or put the official files there"
         ) from error
     pixels = torch.cat([torch.as_tensor(d.data) for d in sets])
     labels = torch.cat([torch.as_tensor(d.targets) for d in sets])
@@ -86,7 +86,7 @@ def load_npz(path: Path) -> Images:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file}
     except Exception as error:  # numpy raises half a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+        raise ValueError(f"{path} is not a readable .npz file: {describe(error)}") from error
     images, labels = arrays.get("images"), arrays.get("labels")
     if images is None:
         raise ValueError(f"{path} holds no array named 'images'")
@@ -101,8 +101,11 @@ def load_npz(path: Path) -> Images:
         )
     if not images.size:
         raise ValueError(f"{path} holds no images")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"'labels' in {path} must have shape ({len(images)},), got {labels.shape}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"'labels' in {path} must be whole numbers of shape ({len(images)},), "
+            f"got {labels.dtype} of shape {labels.shape}"
+        )
     return Images(
         channels_first(torch.from_numpy(images)),
         None if labels is None else torch.from_numpy(labels.astype(np.int64)),
@@ -111,22 +114,38 @@ def load_npz(path: Path) -> Images:
 
 def load_folder(path: Path, size: int) -> Images:
     """Every image below a folder, by name: RGB, the central square, resized to size x size."""
-    from PIL import Image, ImageOps
-
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    suffixes = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(f for f in suffixes if f.is_file() and not f.name.startswith("."))
     if not files:
         raise ValueError(f"no image below {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     pixels = []
     for file in files:
         try:
-            with Image.open(file) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            pixels.append(torch.from_numpy(read_image(file, size)))
+        except Exception as error:  # Pillow raises half a dozen types for a damaged file
             raise ValueError(
-                f"{file} cannot be read as an image: {error}; mend or remove it"
+                f"{file} cannot be read as an image: {describe(error)}; mend or remove it"
             ) from error
-        pixels.append(torch.from_numpy(np.array(fitted)))
     return Images(channels_first(torch.stack(pixels)), None)
+
+
+def read_image(file: Path, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: upright as the camera says, the transparent white, cut square."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        if opened.mode[0] in "IF":  # Pillow would cut such values off at 255
+            raise ValueError(f"its pixels are not 8-bit but {opened.mode}: convert it")
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+
+
+def describe(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def channels_first(pixels: Tensor) -> Tensor:
@@ -143,9 +162,11 @@ def to_model(pixels: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """[-1, 1] to uint8 0..255 by the nearest level, any shape; what lies outside is clamped."""
+    if not x.is_floating_point():
+        raise TypeError(f"expected floating-point pixels in [-1, 1], got {x.dtype}")
     if not x.isfinite().all():
         raise ValueError("an image holds NaN or infinity; the model or the sampler diverged")
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class Batches:
@@ -174,9 +195,7 @@ class Batches:
             self.pixels[self.order[start : start + self.batch_size].to(self.pixels.device)]
         )
         if self.flip:
-            mirror = torch.from_numpy(
-                np.random.default_rng([self.seed, epoch, k]).random(len(x)) < 0.5
-            )
+            mirror = torch.from_numpy(np.random.default_rng([self.seed, k, 1]).random(len(x)) < 0.5)
             x = torch.where(mirror.to(x.device)[:, None, None, None], x.flip(3), x)
         return x
 

@@ -14,14 +14,17 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) 
     """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise, with broadcasting."""
     log_ratio = log_var2 - log_var1
     distance = (mean1 - mean2) ** 2 * torch.exp(-log_var2)
-    return 0.5 * (log_ratio + torch.exp(-log_ratio) + distance - 1)
+    return 0.5 * (log_ratio + torch.expm1(-log_ratio) + distance)
 
 
 def decoder_log_likelihood(x0: Tensor, mean: Tensor, log_var: Tensor, levels: int = 256) -> Tensor:
     """log P(x_0), nats, elementwise, under N(mean, var) cut into `levels` bins (DDPM eq. 13).
 
     x0 lies on the grid -1, -1 + 2 / (levels - 1), ..., 1; the two outer bins reach to infinity.
+    Raises TypeError for half precision.
     """
+    if x0.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{x0.dtype} cannot tell {levels} levels apart; use float32 or float64")
     half_bin, inverse_std = 1 / (levels - 1), torch.exp(-0.5 * log_var)
     right = (x0 + half_bin - mean) * inverse_std
     left = (x0 - half_bin - mean) * inverse_std
@@ -48,9 +51,9 @@ def bound_term(denoiser, x0: Tensor, xt: Tensor, t: Time, s: Time, prediction) -
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)), (B,), bits per dimension (DDPM eq. 5)."""
-    signal, noise = schedule.scales(schedule.T, like=x0)
+def prior_term(schedule: Schedule, x0: Tensor, t: int | None = None) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)), (B,), bits per dimension; at t if given (DDPM eq. 5)."""
+    signal, noise = schedule.scales(schedule.T if t is None else t, like=x0)
     zero = torch.zeros_like(noise)
     return normal_kl(signal * x0, 2 * noise.log(), zero, zero).flatten(1).mean(1) / math.log(2)
 
@@ -61,15 +64,15 @@ def vlb_terms(
 ) -> Tensor:
     """The bound on -log2 p(x_0) per dimension, term by term, (B, K + 1) (DDPM eq. 5).
 
-    x0: (B, ...) on the 256 levels of [-1, 1]. grid: T = t_0 > ... > t_K = 0, every step unless
-    given. Column k is the term that ends in the grid's k-th time counted from 0: with every step it
-    is the paper's L_k, column 0 the decoder and column T the prior. Each entry is one Monte Carlo
-    draw of x_t, so columns and rows are unbiased estimates.
+    x0: (B, ...) on the 256 levels of [-1, 1]. grid: t_0 > ... > t_K = 0, every step unless given;
+    the chain begins with N(0, I) at t_0. Column k is the term that ends in the grid's k-th time
+    counted from 0: with every step it is the paper's L_k, column 0 the decoder and column T the
+    prior. Each entry is one Monte Carlo draw of x_t, so columns and rows are unbiased estimates.
     """
     check_levels(x0)
     schedule = denoiser.schedule
     grid = list(range(schedule.T, -1, -1)) if grid is None else check_grid(schedule, grid)
-    terms = [prior_term(schedule, x0)]
+    terms = [prior_term(schedule, x0, grid[0])]
     for t, s in pairwise(grid):
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         xt = q_sample(schedule, x0, t, eps)
@@ -81,7 +84,7 @@ def bits_per_dim(log_density: Tensor, dims: int, levels: int = 256) -> Tensor:
     """Bits per dimension on `levels` grey values, from a log-density in nats over [-1, 1]^dims.
 
     A grey value is a cell of width 2 / (levels - 1): its probability is about density times width,
-    hence the constant log2((levels - 1) / 2), 6.99 bits for 256 levels (Score SDE sec. 4.3).
+    hence the constant log2((levels - 1) / 2), 6.99 bits for 256 levels.
     """
     return -log_density / (dims * math.log(2)) + math.log2((levels - 1) / 2)
 
@@ -89,7 +92,7 @@ def bits_per_dim(log_density: Tensor, dims: int, levels: int = 256) -> Tensor:
 def check_levels(x0: Tensor, levels: int = 256) -> None:
     """Raises ValueError unless x0 lies on the grey values -1, -1 + 2 / (levels - 1), ..., 1."""
     grey = (x0.double() + 1) * (levels - 1) / 2
-    if (grey - grey.round()).abs().max() > 1e-2 or x0.abs().max() > 1 + 1e-6:
+    if not ((grey - grey.round()).abs() <= 1e-2).all() or (x0.abs() > 1 + 1e-6).any():
         raise ValueError(
             f"a likelihood in bits needs images on {levels} levels in [-1, 1]; "
             "scale uint8 images with minddpm.data.to_model"
@@ -98,14 +101,11 @@ def check_levels(x0: Tensor, levels: int = 256) -> None:
 
 def check_grid(schedule: Schedule, grid) -> list[int]:
     """The grid as a list; raises ValueError unless it falls strictly from at most T to 0."""
-    grid = [int(t) for t in grid]
-    if (
-        len(grid) < 2
-        or grid[0] > schedule.T
-        or grid[-1] != 0
-        or any(t <= s for t, s in pairwise(grid))
-    ):
+    times = [float(t) for t in grid]
+    falls = len(times) >= 2 and all(t > s for t, s in pairwise(times))
+    if not falls or times[0] > schedule.T or times[-1] != 0 or any(t % 1 for t in times):
         raise ValueError(
-            f"a grid must fall strictly from at most T = {schedule.T} to 0, got {grid}"
+            f"a grid must hold integers that fall strictly from at most T = {schedule.T} to 0, "
+            f"got {str(times)[:80]}"
         )
-    return grid
+    return [int(t) for t in times]

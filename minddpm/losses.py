@@ -52,4 +52,5 @@ def draw(T: int, x0: Tensor, t: Tensor | None, eps: Tensor | None) -> tuple[Tens
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over everything but the batch, (B,), in float32 at least."""
-    return (output.to(target.dtype) - target).square().flatten(1).mean(1)
+    precise = torch.promote_types(target.dtype, torch.float32)
+    return (output.to(precise) - target).square().flatten(1).mean(1)

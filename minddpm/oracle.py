@@ -32,17 +32,20 @@ class GaussianMixture:
                 f"covs must be a number or of shape {(k, d, d)}, got {tuple(covs.shape)}"
             )
         self.weights = torch.as_tensor(
-            torch.full((k,), 1 / k) if weights is None else weights, dtype=torch.float64
+            [1 / k] * k if weights is None else weights, dtype=torch.float64
         )
         if (
             self.weights.shape != (k,)
-            or (self.weights <= 0).any()
+            or not (self.weights > 0).all()
             or abs(self.weights.sum() - 1) > 1e-6
         ):
             raise ValueError(f"weights must be {k} positive numbers that sum to 1")
+        if not torch.allclose(covs, covs.mT if covs.ndim else covs):
+            raise ValueError("covs must be symmetric and finite")
         self.variances, self.axes = torch.linalg.eigh(covs) if covs.ndim else (covs, None)
-        if (self.variances < 0).any():
+        if (self.variances < -1e-12 * self.variances.abs().max()).any():
             raise ValueError("covs must have no negative eigenvalue")
+        self.variances = self.variances.clamp(min=0)  # a singular matrix's come out as -1e-17
 
     def log_prob(
         self, xt: Tensor, signal: float | Tensor = 1.0, noise: float | Tensor = 0.0
@@ -85,14 +88,24 @@ class GaussianMixture:
 
     def _solve(self, xt, signal, noise) -> tuple[Tensor, Tensor]:
         """(log weight_k q(x_t | k), (B, K); E[x_0 | x_t], (B, D))."""
+        if xt.ndim < 2 or xt.shape[1:].numel() != self.means.shape[1]:
+            raise ValueError(
+                f"expected points of {self.means.shape[1]} coordinates, (B, ...), "
+                f"got shape {tuple(xt.shape)}"
+            )
         x = xt.double().cpu().flatten(1)
         signal, noise = (
             torch.as_tensor(c, dtype=torch.float64).reshape(-1, 1) for c in (signal, noise)
         )
-        if self.axes is None:
-            return self._solve_round(x, signal, signal**2 * self.variances + noise**2)
-        signal, noise = signal[..., None], noise[..., None]
+        if self.axes is not None:
+            signal, noise = signal[..., None], noise[..., None]
         total = signal**2 * self.variances + noise**2  # the variances of x_t given k, (B, K, D)
+        if not (total > 0).all():
+            raise ValueError(
+                "points, lines and planes have no density of their own: take noise > 0"
+            )
+        if self.axes is None:
+            return self._solve_round(x, signal, total)
         off = torch.einsum("kij,bki->bkj", self.axes, x[:, None] - signal * self.means)
         log_q = -0.5 * (off**2 / total + torch.log(2 * math.pi * total)).sum(2)
         log_joint = self.weights.log() + log_q
@@ -111,7 +124,8 @@ class GaussianMixture:
 
 def gaussian(mean: Tensor, cov: Tensor) -> GaussianMixture:
     """N(mean, cov): mean (D,), cov (D, D)."""
-    return GaussianMixture(torch.as_tensor(mean)[None], torch.as_tensor(cov)[None])
+    mean, cov = (torch.as_tensor(x, dtype=torch.float64)[None] for x in (mean, cov))
+    return GaussianMixture(mean, cov)
 
 
 def finite(points: Tensor) -> GaussianMixture:

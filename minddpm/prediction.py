@@ -44,6 +44,11 @@ class Denoiser(nn.Module):
             raise ValueError(f"predicts must be one of {', '.join(TARGETS)}, got {predicts!r}")
         if variance not in VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+        if predicts == "eps" and schedule.signal[-1] == 0:
+            raise ValueError(
+                "where the signal is 0, eps does not determine x0: "
+                "predict x0 or v, or take a schedule that keeps some signal at T"
+            )
         self.net, self.schedule, self.predicts, self.variance = net, schedule, predicts, variance
 
     def forward(self, xt: Tensor, t: Time, clip: bool = False) -> Prediction:
@@ -68,17 +73,17 @@ class Denoiser(nn.Module):
         )  # one clear error for a wrong dtype or batch size, before the network sees it
         steps = torch.as_tensor(t, device=xt.device).expand(len(xt))
         output = self.net(xt, steps)
-        fraction = {"small": 0.0, "large": 1.0}.get(self.variance)
-        if fraction is None:
-            output, raw = output.chunk(2, dim=1)
-            fraction = (raw + 1) / 2
-        if output.shape != xt.shape:
+        learned = self.variance == "learned"
+        expected = (len(xt), xt.shape[1] * (1 + learned), *xt.shape[2:])
+        if output.shape != expected:
             raise ValueError(
-                f"the network returned {tuple(output.shape)} for x_t of shape {tuple(xt.shape)}; "
-                f"with variance = {self.variance!r} it must return "
-                + ("twice as many channels" if self.variance == "learned" else "the same shape")
+                f"with variance = {self.variance!r} and x_t of shape {tuple(xt.shape)} "
+                f"the network must return shape {expected}, got {tuple(output.shape)}"
             )
-        return output, fraction
+        if not learned:
+            return output, float(self.variance == "large")
+        output, raw = output.chunk(2, dim=1)
+        return output, (raw + 1) / 2
 
     def solve(self, xt: Tensor, output: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """(x0, eps) from x_t and the network's answer: two linear equations in two unknowns."""

@@ -18,8 +18,7 @@ def forward_coefficients(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor, 
     """
     signal_t, noise_t = schedule.at(t)
     signal_s, noise_s = schedule.at(s)
-    if not (torch.as_tensor(s).cpu() < torch.as_tensor(t).cpu()).all():
-        raise ValueError(f"s must be smaller than t (less noise), got s = {s} and t = {t}")
+    check_order(t, s)
     scale = signal_t / signal_s
     return scale, noise_t**2 - scale**2 * noise_s**2
 
@@ -75,6 +74,16 @@ def reverse_log_variance(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor, 
     else:
         small = large
     return small.log(), large.log()
+
+
+def check_order(t: Time, s: Time) -> None:
+    """Raises ValueError unless s < t, everywhere in two batches of times of one shape."""
+    t, s = torch.as_tensor(t).cpu(), torch.as_tensor(s).cpu()
+    if t.numel() > 1 and s.numel() > 1 and t.shape != s.shape:
+        raise ValueError(f"t and s must have one shape, got {tuple(t.shape)} and {tuple(s.shape)}")
+    if not (s < t).all():
+        late, early = (x[~(s < t)][0].item() for x in torch.broadcast_tensors(t, s))
+        raise ValueError(f"s must be smaller than t (less noise), got s = {early} and t = {late}")
 
 
 def check_same_shape(**tensors: Tensor) -> None:

@@ -1,5 +1,6 @@
 """A training run in a folder: data, model, progress, checkpoints, sample grids, Ctrl-C."""
 
+import math
 import shlex
 import signal
 import sys
@@ -30,18 +31,29 @@ class Run:
     ):
         self.config, self.out, self.save_every = config, Path(out), save_every
         self.last = self.out / "last.safetensors"
+        if save_every < 1:
+            raise ValueError(f"save_every must be 1 or more, got {save_every}")
         self._check(resume)
         device = pick_device(device)
         pixels = data.load(config.data, config.split, root, config.size).pixels.to(device)
         self.batch = data.Batches(
             pixels, config.train.batch_size, config.train.seed, config.train.flip
         )
+        if pixels.shape[2] != pixels.shape[3]:
+            raise ValueError(f"the images must be square, got {tuple(pixels.shape[2:])}: crop them")
         torch.manual_seed(config.train.seed)
         self.denoiser = checkpoint.build(config, *pixels.shape[1:3]).to(device)
         self.state = TrainState(self.denoiser.net, config.train)
         self.seconds = checkpoint.load_state(self.last, self.state)["seconds"] if resume else 0.0
+        if self.state.step > config.train.steps:
+            raise ValueError(
+                f"the run in {self.out} has done {self.state.step} steps: ask for more"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def _check(self, resume: bool) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file, not a folder: choose another --out")
         if not resume:
             if self.last.exists():
                 raise ValueError(
@@ -81,29 +93,39 @@ class Run:
         self.save()
         print(f"step {self.state.step:,} of {steps:,}: checkpoint and samples are in {self.out}")
         if self.state.step < steps:
-            flags = [a for a in sys.argv[1:] if a != "--resume"]
-            print("to go on: " + shlex.join(["minddpm", *flags, "--resume"]))
+            print(f"to go on: {command_line()} --resume")
         else:
             print(f"to sample: minddpm sample {shlex.quote(str(self.out))}")
 
     def _report(self, bar: tqdm, record: Record) -> None:
         loss = record.loss.item()
-        if not torch.isfinite(record.loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {record.step}: lower --learning-rate or take "
-                "--precision fp32; "
-                f"the last checkpoint in {self.out} is as it was"
-            )
-        rate = (
-            (bar.n - bar.initial)
-            * self.config.train.batch_size
-            / max(1e-9, bar.format_dict["elapsed"])
-        )
+        self._insist(math.isfinite(loss), f"the loss is {loss}")
+        rate = record.step * self.config.train.batch_size / max(1e-9, self.seconds)
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
 
+    def _insist(self, finite: bool, what: str) -> None:
+        if not finite:
+            raise FloatingPointError(
+                f"{what} at step {self.state.step}: lower --learning-rate or take "
+                f"--precision fp32; a checkpoint saved before in {self.out} is as it was"
+            )
+
     def save(self) -> None:
-        """Write the checkpoint and, from the averaged weights, a grid of 64 samples."""
-        checkpoint.save_state(self.last, self.state, self.config, seconds=round(self.seconds, 1))
+        """Write the checkpoint and, from the averaged weights, a grid of 64 samples.
+
+        Raises FloatingPointError, and writes nothing, where a weight is not finite.
+        """
+        finite = all(p.isfinite().all() for p in self.state.net.parameters())
+        self._insist(finite, "a weight is not finite")
+        checkpoint.save_state(
+            self.last,
+            self.state,
+            self.config,
+            command=command_line(),
+            seconds=round(self.seconds),
+            device=device_name(self.state.device),
+            torch=torch.__version__,
+        )
         averaged = Denoiser(self.state.ema.module.eval(), *reading(self.denoiser))
         generator = torch.Generator(self.state.device).manual_seed(0)
         x = torch.randn(64, *self.state.net.shape, generator=generator, device=self.state.device)
@@ -145,6 +167,18 @@ def pick_device(name: str) -> str:
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
         ) from error
     return name
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for a checkpoint's facts."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def command_line() -> str:
+    """The command that started this run, without --resume."""
+    return shlex.join(["minddpm", *(a for a in sys.argv[1:] if a != "--resume")])
 
 
 def flatten(tree: dict) -> dict:

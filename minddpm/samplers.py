@@ -64,6 +64,8 @@ def ancestral(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, clip=True, gene
 
 def ddim(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, eta=0.0, clip=True, generator=None):
     """One step of the non-Markovian family: (x_s, prediction); eta = 0 adds none (DDIM eq. 12)."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     prediction = denoiser(xt, t, clip=clip)
     signal, noise = denoiser.schedule.at(s)
     var = eta**2 * posterior_coefficients(denoiser.schedule, t, s)[2]

@@ -21,7 +21,7 @@ Time = int | Tensor
 class Schedule:
     """The tables `signal` and `noise`, (T + 1,) float64 each, with signal[0] = 1 and noise[0] = 0.
 
-    Raises ValueError unless the signal-to-noise ratio falls strictly from each entry to the next.
+    Raises ValueError unless they are finite, not negative, and their ratio falls strictly with t.
     """
 
     signal: Tensor
@@ -39,6 +39,8 @@ class Schedule:
                 "entry 0 is the clean image: signal[0] must be 1 and noise[0] must be 0, "
                 f"got {signal[0]:g} and {noise[0]:g}"
             )
+        if not (torch.stack([signal, noise]).isfinite().all() and (signal >= 0).all()):
+            raise ValueError("signal and noise must be finite, and signal not negative")
         if not ((signal[1:] / noise[1:]).diff() < 0).all() or not (noise[1:] > 0).all():
             raise ValueError("every step must add noise: signal / noise must fall strictly with t")
         object.__setattr__(self, "signal", signal)
@@ -121,7 +123,7 @@ def cast(coefficient: Tensor, like: Tensor) -> Tensor:
 def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
     """beta_1 ... beta_T evenly spaced, `first` to `last`, both times 1000 / T (DDPM sec. 4).
 
-    The scaling keeps alpha_bar_T near 4e-5 for any T; at T = 1000 the betas are the paper's.
+    The scaling keeps alpha_bar_T near 4e-5 for T >= 300; at T = 1000 the betas are the paper's.
     """
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")

@@ -44,9 +44,9 @@ def train(
     Each update seeds torch from (seed, k), so that a run resumed at k repeats what it did there.
     """
     config, dtype = state.config, PRECISIONS[state.config.precision]
-    state.net.train()
     while state.step < config.steps:
         k = state.step
+        state.net.train()  # whatever the caller did with it since
         torch.manual_seed(int(np.random.SeedSequence([config.seed, k]).generate_state(1)[0]))
         rate = learning_rate(config, k + 1)
         for group in state.optimizer.param_groups:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ def grid(x: Tensor, columns: int = 8, scale: int = 1) -> np.ndarray:
         raise ValueError(
             f"expected images (N, 1 or 3, H, W) with N >= 1, got shape {tuple(x.shape)}"
         )
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns and scale must be 1 or more, got {columns} and {scale}")
     pixels = x if x.dtype == torch.uint8 else to_uint8(x)
     columns = min(columns, len(pixels))
     rows = -(-len(pixels) // columns)
@@ -109,7 +112,7 @@ class Slider:
         'image-rendering:{rendering}"><br><label>{name} <input type="range" min="0" max="{last}" '
         'value="{start}" data-labels="{labels}" aria-label="{name}" aria-valuetext="{label}" '
         'style="width:{width}px;max-width:70%" '
-        "oninput=\"const f=this.closest('figure'),l=this.dataset.labels.split('|')[+this.value];"
+        "oninput=\"const f=this.closest('figure'),l=JSON.parse(this.dataset.labels)[this.value];"
         "f.querySelector('img').style.objectPosition=100*this.value/{last}+'% 0';"
         "f.querySelector('output').value=l;this.setAttribute('aria-valuetext',l)\"> "
         "<output>{label}</output></label></figure>"
@@ -144,7 +147,7 @@ class Slider:
             data=base64.b64encode(png(grid(self.frames, columns=len(self.frames)))).decode(),
             alt=html.escape(self.alt),
             name=html.escape(self.name),
-            labels=html.escape("|".join(self.labels)),
+            labels=html.escape(json.dumps(self.labels, ensure_ascii=False)),
             label=html.escape(self.labels[start]),
             rendering="pixelated" if self.scale > 1 else "auto",
             width=w * self.scale,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from minddpm.nets.unet import time_embedding
+from minddpm.nets.unet import check_input, time_embedding
 
 
 class MLP(nn.Module):
@@ -14,12 +14,15 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int = 2, width: int = 128, layers: int = 3, out_dim: int | None = None):
         super().__init__()
+        if width < 4 or width % 2:
+            raise ValueError(f"width must be even and at least 4, got {width}")
         self.shape, self.width = (dim,), width
         self.first, self.time = nn.Linear(dim, width), nn.Linear(width, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.last = nn.Linear(width, out_dim or dim)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        check_input(x, t, self.shape)
         time = self.time(time_embedding(t - 1, self.width).to(x.dtype))
         h = self.first(x)
         for layer in self.layers:

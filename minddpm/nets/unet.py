@@ -15,6 +15,18 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def check_input(x: Tensor, t: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless x is (B, *shape) and t is (B,)."""
+    if x.shape[1:] != shape:
+        raise ValueError(
+            f"this network reads a batch of shape (B, {', '.join(map(str, shape))}), "
+            f"got {tuple(x.shape)}"
+        )
+    times = tuple(getattr(t, "shape", ()))
+    if times != (len(x),):
+        raise ValueError(f"t must have shape ({len(x)},), one time per image, got {times}")
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups, or the most that divide narrow layers."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
@@ -169,11 +181,7 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if x.shape[1:] != self.shape:
-            raise ValueError(
-                f"this network reads images of shape {self.shape} (channels, height, width), "
-                f"got {tuple(x.shape[1:])}"
-            )
+        check_input(x, t, self.shape)
         # The published networks count the first noising step as 0.
         time = self.embed(time_embedding(t - 1, self.width).to(x.dtype))
         h = self.first(x)

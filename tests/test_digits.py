@@ -1,0 +1,88 @@
+"""The main job on real input: digits that a classifier of real digits recognizes.
+
+A support vector machine with probabilities learns one random half of the real digits. The share of
+the other half that it recognizes with probability 0.9 or more is the yardstick for 1,000 samples.
+"""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.svm import SVC
+
+from minddpm import checkpoint, data
+from minddpm.cli import main
+from minddpm.samplers import ancestral, ddim, sample, uniform_grid
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """(recognize, real share): recognize maps pixels to (share recognized, share of each digit)."""
+    pixels, labels = data.load("digits", "all")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pixels)))
+    learn, rest = order[:898], order[898:]
+    classifier = CalibratedClassifierCV(SVC(gamma=0.001), ensemble=False)
+    classifier.fit(features(pixels[learn]), labels[learn].numpy())
+
+    def recognize(pixels):
+        probability = classifier.predict_proba(features(pixels))
+        digits = np.bincount(probability.argmax(1), minlength=10) / len(pixels)
+        return (probability.max(1) >= 0.9).mean(), digits
+
+    return recognize, recognize(pixels[rest])[0]
+
+
+def features(pixels):
+    """(N, 1, 8, 8) uint8 to (N, 64) on scikit-learn's scale, 0..16."""
+    return pixels.flatten(1).numpy() / 255 * 16
+
+
+def thousand(denoiser, step, steps):
+    """1,000 samples (1000, 1, 8, 8) uint8."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1000, *denoiser.net.shape, generator=generator)
+    grid = uniform_grid(denoiser.schedule.T, steps)
+    return data.to_uint8(sample(denoiser, x, grid, step, generator=generator))
+
+
+def hold(judge, pixels, bar, name, capsys):
+    """Print both shares and the ratio; assert the ratio and that no digit is rare or common."""
+    recognize, real = judge
+    share, digits = recognize(pixels)
+    with capsys.disabled():
+        print(
+            f"\n{name}: recognized {share:.3f} of the samples, {real:.3f} of real digits, "
+            f"ratio {share / real:.3f}; each digit {digits.min():.3f} to {digits.max():.3f}"
+        )
+    assert share / real >= bar
+    assert digits.min() >= 0.05
+    assert digits.max() <= 0.15
+
+
+def test_the_judge_knows_real_digits_from_noise(judge):
+    recognize, real = judge
+    assert 0.7 < real < 0.85
+    noise = torch.randint(0, 256, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert recognize(noise.to(torch.uint8))[0] < 0.1 * real
+
+
+@pytest.mark.parametrize(("step", "steps"), [(ddim, 50), (ancestral, 250)])
+def test_shipped_digits_are_digits(judge, capsys, step, steps):
+    pixels = thousand(checkpoint.load("digits"), step, steps)
+    hold(judge, pixels, 0.95, f"shipped, {step.__name__}, {steps} steps", capsys)
+
+
+def test_shipped_weights_say_how_they_were_made():
+    path = checkpoint.resolve("digits")
+    assert path.stat().st_size <= 3_000_000
+    _, config, facts = checkpoint.read(path)
+    assert facts["command"].startswith("minddpm train digits")
+    assert 0 < facts["seconds"] <= 30 * 60
+    assert facts["step"] == config.train.steps
+
+
+def test_training_digits_from_nothing_gives_digits(judge, capsys, tmp_path):
+    main(["train", "digits", "--out", str(tmp_path / "run")])
+    _, _, facts = checkpoint.read(tmp_path / "run")
+    pixels = thousand(checkpoint.load(tmp_path / "run"), ddim, 50)
+    hold(judge, pixels, 0.85, f"from nothing in {facts['seconds']} s, ddim, 50 steps", capsys)
