@@ -83,7 +83,7 @@ NAMED = {
 def load_npz(path: Path) -> Images:
     """An `.npz` with `images`, uint8 (N, H, W) or (N, H, W, 1 or 3), and perhaps `labels` (N,)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file}
     except Exception as error:  # numpy raises half a dozen types for a damaged file
         raise ValueError(f"{path} is not a readable .npz file: {describe(error)}") from error

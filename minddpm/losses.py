@@ -46,6 +46,8 @@ def hybrid_loss(
 
 def draw(T: int, x0: Tensor, t: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor]:
     """t ~ Uniform{1..T} on the CPU and eps ~ N(0, I) like x0, where not given (DDPM alg. 1)."""
+    if not x0.dtype.is_floating_point:
+        raise TypeError(f"expected a floating-point image batch in [-1, 1], got {x0.dtype}")
     t = torch.randint(1, T + 1, (len(x0),)) if t is None else t
     return t, torch.randn_like(x0) if eps is None else eps
 

@@ -49,8 +49,7 @@ def test_cosine_caps_beta_where_it_must():
     beta = cosine(1000).beta
     assert_close(beta[-1].item(), 0.999, rtol=1e-9, atol=0)
     assert_close(cosine(1000, cap=0.5).beta.max().item(), 0.5, rtol=1e-12, atol=0)
-    uncapped = math.cos(0.999 * math.pi / 2)  # the next to last step is below the cap
-    assert 0.7 < beta[-2] < 0.999 and uncapped > 0
+    assert (beta[:-1] < 0.99).all()
 
 
 def test_linear_beta_is_evenly_spaced_and_is_zero_at_no_step():
@@ -91,7 +90,7 @@ def test_scales_line_up_with_the_batch(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_at_reads_any_integer_type(dtype):
     signal, noise = linear(50).at(torch.tensor([0, 50], dtype=dtype))
-    assert_close(signal.tolist(), [1, linear_by_hand(50)[-1] ** 0.5], rtol=1e-11, atol=0)
+    assert_close(signal.tolist(), [1.0, linear_by_hand(50)[-1] ** 0.5], rtol=1e-11, atol=0)
     assert noise[0] == 0
 
 
@@ -138,7 +137,11 @@ def test_impossible_schedules_are_refused(make, message):
         (3.0, TypeError, "integers in 0..50, got torch.float32"),
         (torch.ones(4), TypeError, "integers in 0..50, got torch.float32"),
         (torch.ones(4, dtype=torch.bool), TypeError, "got torch.bool"),
-        (torch.ones(3, dtype=int), ValueError, r"one integer per image, shape \(4,\), got .*\(3,\)"),
+        (
+            torch.ones(3, dtype=int),
+            ValueError,
+            r"one integer per image, shape \(4,\), got .*\(3,\)",
+        ),
         (torch.ones(4, 1, dtype=int), ValueError, r"shape \(4,\), got shape \(4, 1\)"),
     ],
 )

@@ -45,10 +45,11 @@ def mention_patterns(names: set[str]) -> list[tuple[re.Pattern, str]]:
 
 
 def tracked_files(root: Path) -> list[Path]:
-    """The text files of the project: what git tracks or would track."""
+    """The text files that git tracks or would track; those of tests/ move addresses for play."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True).stdout
-    paths = (root / name for name in listing.split("\0") if name)
+    names = (name for name in listing.split("\0") if name and not name.startswith("tests/"))
+    paths = (root / name for name in names)
     return [path for path in paths if path.suffix in TEXT and path.is_file()]
 
 
