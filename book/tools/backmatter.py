@@ -24,6 +24,7 @@ EQUATION = re.compile(r"\((eq-[\w-]+)\)\s*\n\s*<!-- equation: ([^>]+?) -->")
 LABEL = re.compile(r"(?:^|\s)\(((?:eq|sec)-[\w-]+)\)(?:=|\s*$)", re.M)
 PAPER = r"(Improved DDPM|DDPM|DDIM|Score SDE|NCSN|DPM-Solver\+\+|DPM-Solver|EDM|VDM)"
 SOURCE = re.compile(PAPER + r" ((?:eq|alg|sec|app|table)\. [\w.]+(?:, (?=\d)[\w.]+)*)")
+NUMBER = re.compile(r"\d\.\d|\d\s?%|\d,\d{3}")
 STATUSES = ("proved", "measured", "cited")
 
 
@@ -67,8 +68,7 @@ def claims(page: Page) -> list[Claim]:
     """The marked sentences of a page, in order."""
     found = []
     for kind, source in page.cells:
-        blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", source) if kind == "markdown" else []
-        for block in blocks:
+        for block in blocks(source) if kind == "markdown" else []:
             begin = 0
             for match in CLAIM.finditer(block):
                 sentence = last_sentence(block[begin : match.start()])
@@ -113,6 +113,38 @@ def anchor(claim: Claim) -> str | None:
         if kind == "code" and mark.search(source):
             return place if "assert" in source else None
     return None
+
+
+def unmarked(page: Page) -> list[str]:
+    """Sentences that state a number, and bullets that state a result, without a claim's mark."""
+    found, section = [], ""
+    for source in (s for kind, s in page.cells if kind == "markdown"):
+        for block in blocks(source):
+            if heading := re.match(r"#+ (.+)", block):
+                section = heading[1]
+            if section in ("Exercises", "References") or section.startswith("Exercise "):
+                continue
+            bullet = section in ("What we saw", "In practice") and re.match(r"\s*[-*] ", block)
+            if bullet and not CLAIM.search(block):
+                found.append(" ".join(block.split()))
+            found += [s for s in bare(block) if NUMBER.search(s)]
+    return found
+
+
+def blocks(source: str) -> list[str]:
+    """The paragraphs and list items of Markdown, without fenced code, tables, and the opening."""
+    source = re.sub(r"(?ms)^```.*?^```|^\|.*?$|^\$\$.*?\$\$(?: \([\w-]+\))?$", "", source)
+    source = re.sub(r"(?m)^\*\*(?:Time|You need).*(?:\n.+)*", "", source)
+    return [b for b in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) |#)", source) if b.strip()]
+
+
+def bare(block: str) -> list[str]:
+    """The sentences of a block that no mark follows, without formulas, code and links' targets."""
+    text = re.sub(r"<!-- equation: .*?-->|`[^`]*`|\$[^$]*\$|(?<=\])\([^)]*\)", "", block)
+    text = re.sub(
+        r"[^.!?]*(?:\d\.\d[^.!?]*)*[.!?:;]?[)\s*]*" + CLAIM.pattern, "", " ".join(text.split())
+    )
+    return re.split(r"(?<=[.!?])\s+", text)
 
 
 def ledger() -> str:
