@@ -14,7 +14,7 @@ export TQDM_DISABLE := 1
 unexport PYTHONPATH PYTHONHOME MPLBACKEND
 
 .DEFAULT_GOAL := help
-.PHONY: help book test notebooks serve check-site repository constraints clean
+.PHONY: help book test notebooks backmatter serve check-site repository constraints clean
 
 help:  ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ test: $(STAMP)  ## Lint the code, run the unit tests, replay every notebook
 
 notebooks: $(STAMP)  ## Run every notebook in place and store its outputs (ONLY=notebooks/x.ipynb for one)
 	$(PY) book/tools/execute_notebooks.py $(ONLY)
+	$(PY) book/tools/backmatter.py
+
+backmatter: $(STAMP)  ## Write the claims ledger and the equation map from the marks in text and code
+	$(PY) book/tools/backmatter.py
 
 serve:  ## Show the built book on http://localhost:8000 (PORT=... for another port)
 	@test -f $(SITE)/index.html || { echo "There is no book yet: run make book first."; exit 1; }

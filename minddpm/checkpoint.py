@@ -140,6 +140,8 @@ def load_state(path: str | Path, state) -> dict:
     for name, x in tensors.items():
         prefix, rest = name.split(".", 1)
         part.setdefault(prefix, {})[rest] = x
+    if "net" not in part:
+        raise ValueError(f"{path} holds weights to sample from, and nothing to train on")
     try:
         state.net.load_state_dict(part["net"])
         state.ema.module.load_state_dict(part["ema"])

@@ -178,7 +178,8 @@ def device_name(device: torch.device) -> str:
 
 def command_line() -> str:
     """The command that started this run, without --resume."""
-    return shlex.join(["minddpm", *(a for a in sys.argv[1:] if a != "--resume")])
+    resume = ("--resume", "--no-resume")
+    return shlex.join(["minddpm", *(a for a in sys.argv[1:] if a not in resume)])
 
 
 def flatten(tree: dict) -> dict:

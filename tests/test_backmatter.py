@@ -44,7 +44,7 @@ def test_a_bare_number_or_result_is_found(text):
     "text",
     [
         "The share is 0.95. <!-- claim: measured a -->",
-        "First. Then $x = 0.5$ and `0.25`. The ratio is 0.5 and 1.5, not 2.5. <!-- claim: cited b, c -->",
+        "First. Then $x = 0.5$ and `0.25`. It is 0.5, not 2.5. <!-- claim: cited b, c -->",
         "## What we saw\n\n- The noise wins. <!-- claim: measured a -->",
         "## Exercises\n\nTake 0.5.",
         "| 0.5 | 0.7 |",

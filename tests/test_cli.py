@@ -1,0 +1,315 @@
+"""The command line, from its help to a run that is interrupted and taken up again."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from minddpm.cli import main
+from minddpm.config import PRESETS, Config, ModelConfig, TrainConfig
+
+TINY = shlex.split(
+    "--width 8 --multipliers 1 --blocks 1 --attention --T 10 --batch-size 8 --warmup 2 "
+    "--cooldown 2 --dropout 0.2 --device cpu"
+)
+
+
+def train(out, *flags, steps=4):
+    main(["train", "digits", "--out", str(out), *TINY, "--steps", str(steps), *map(str, flags)])
+
+
+def said(capsys):
+    """What was written since, as one line of words: boxes and line breaks taken out."""
+    captured = capsys.readouterr()
+    return " ".join(re.sub("[│─╭╮╰╯]", " ", captured.out + captured.err).split())
+
+
+def mistake(call, *args):
+    """The one line with which the command line refuses."""
+    with pytest.raises(SystemExit) as caught:
+        call(*args)
+    line = caught.value.code
+    assert isinstance(line, str)
+    assert line.startswith("minddpm: ")
+    assert "\n" not in line
+    return line
+
+
+# Help
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = said(capsys)
+    assert "usage: minddpm" in text
+    assert re.search("train .*sample ", text)
+
+
+def test_help_of_train_names_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = said(capsys)
+    for name, (line, _) in PRESETS.items():
+        assert name in text
+        assert line.split(":")[0] in text
+
+
+def test_help_of_a_preset_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--help"])
+    text = said(capsys)
+    config = PRESETS["digits"][1]
+    for part, cls in ((config, Config), (config.model, ModelConfig), (config.train, TrainConfig)):
+        for name in {f.name for f in fields(cls)} - {"model", "train"}:
+            value = getattr(part, name)
+            default = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flag = f"--{name.replace('_', '-')}"
+            pattern = rf"{flag}[ ,](?:(?!default:).)*\(default: {re.escape(default)}\)"
+            assert re.search(pattern, text), (flag, default)
+
+
+# Train
+
+
+def test_train_then_sample(tmp_path, capsys):
+    train(tmp_path / "run")
+    names = sorted(f.name for f in (tmp_path / "run").iterdir())
+    assert names == ["last.safetensors", "samples-0000004.png"]
+    assert "step 4 of 4" in said(capsys)
+    out = tmp_path / "deeper" / "s.png"
+    main(["sample", str(tmp_path / "run"), "--n", "9", "--steps", "5", "--out", str(out)])
+    assert f"9 samples are in {out}" in said(capsys)
+    assert np.asarray(Image.open(out)).shape == (2 * 64, 8 * 64)
+
+
+def test_flags_reach_the_run(tmp_path):
+    from minddpm import checkpoint
+
+    flags = shlex.split("--predicts x0 --variance learned --seed 7 --learning-rate 1e-3 --flip")
+    train(tmp_path, *flags, "--precision", "bf16", "--split", "test", steps=2)
+    config = checkpoint.read(tmp_path)[1]
+    model, training = config.model, config.train
+    assert (model.predicts, model.variance, model.attention) == ("x0", "learned", ())
+    assert (model.width, model.multipliers, model.T, model.dropout) == (8, (1,), 10, 0.2)
+    assert (training.seed, training.learning_rate, training.flip) == (7, 1e-3, True)
+    assert (training.precision, config.split, training.steps) == ("bf16", "test", 2)
+
+
+def test_train_on_a_folder_and_on_an_array_file(tmp_path):
+    from minddpm import checkpoint
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
+    np.savez(tmp_path / "photos.npz", images=pixels[..., 0])
+    train(tmp_path / "a", "--data", tmp_path / "photos", "--size", 16, steps=1)
+    assert checkpoint.load(tmp_path / "a").net.shape == (3, 16, 16)
+    train(tmp_path / "b", "--data", tmp_path / "photos.npz", steps=1)
+    assert checkpoint.load(tmp_path / "b").net.shape == (1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--device toaster", "device 'toaster' cannot be used here"),
+        ("--data /nothing/here", "no data set or file '/nothing/here'"),
+        ("--save-every 0", "save_every must be 1 or more, got 0"),
+        ("--batch-size 2000", r"batch_size must lie in 1..1797 .*got 2000"),
+        ("--multipliers 1 1 1 1 1", "5 resolutions need a size divisible by 16, got 8"),
+        ("--schedule linear", "the betas, scaled by 1000 / T, must lie in .*take a larger T"),
+        ("--resume", "holds no run to resume"),
+    ],
+)
+def test_mistakes_in_a_run_get_one_line(tmp_path, flags, message):
+    assert re.search(message, mistake(train, tmp_path / "run", *shlex.split(flags)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--T 0", "T must be 1 or more, got 0"),
+        ("--ema-decay 1.5", r"ema_decay must be in \[0, 1\), got 1.5"),
+        ("--multipliers", "multipliers must be at least one, each positive"),
+        ("--width wide", "wide"),
+        ("--schedule square", "square"),
+        ("--colour red", "--colour"),
+    ],
+)
+def test_impossible_flags_are_refused(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "run", *shlex.split(flags))
+    assert caught.value.code == 2
+    assert re.search(message, said(capsys))
+
+
+def test_an_existing_run_is_kept(tmp_path):
+    train(tmp_path, steps=1)
+    before = (tmp_path / "last.safetensors").read_bytes()
+    assert "already holds a run: add --resume" in mistake(train, tmp_path)
+    line = mistake(train, tmp_path, "--resume", "--predicts", "x0")
+    assert "was started with predicts = v, not x0: give the same flags" in line
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_ends_with_one_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minddpm.checkpoint.save_file", full)
+    assert "could not be written ([Errno 28] No space left" in mistake(train, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_outside_training_ends_with_one_line(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minddpm.data.load", interrupt)
+    assert mistake(train, tmp_path) == "minddpm: interrupted"
+
+
+def test_ctrl_c_then_the_printed_command_equals_a_run_in_one_go(tmp_path):
+    """In processes of their own, with dropout, at whatever step the signal arrives."""
+    steps, out = 80, tmp_path / "two parts"
+    flags = ["--out", str(out), *TINY, "--steps", str(steps), "--save-every", "20"]
+    showing = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    process = subprocess.Popen(
+        ["minddpm", "train", "digits", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=showing,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("samples-*")) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert re.search(r"\d+/80 \[\d\d:\d\d<", stderr)  # steps, time gone and time left
+    stopped, command = re.search(
+        r"step (\d+) of 80: .*\nto go on: (minddpm .* --resume)\n", stdout
+    ).groups()
+    assert 20 <= int(stopped) < steps
+
+    subprocess.run(command, shell=True, check=True, capture_output=True, timeout=120)
+    whole = tmp_path / "whole"
+    train(whole, steps=steps)
+    names = ("last.safetensors", f"samples-{steps:07d}.png")
+    assert_close(load_file(out / names[0]), load_file(whole / names[0]), rtol=0, atol=0)
+    assert (out / names[1]).read_bytes() == (whole / names[1]).read_bytes()
+
+
+def test_python_m_minddpm_is_minddpm():
+    done = subprocess.run(
+        [sys.executable, "-m", "minddpm", "sample", "nothing"], capture_output=True
+    )
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert re.fullmatch(rb"minddpm: no checkpoint 'nothing': [^\n]*\n", done.stderr)
+
+
+# Sample
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    train(folder)
+    return str(folder)
+
+
+def draw(model, out, flags=""):
+    main(["sample", model, "--n", "4", "--device", "cpu", "--out", str(out), *shlex.split(flags)])
+    return out.read_bytes()
+
+
+OPTIONS = [
+    "--steps 5",
+    "--steps 10",
+    "--steps 5 --grid quadratic",
+    "--steps 5 --eta 0.5",
+    "--steps 5 --sampler ancestral",
+    "--steps 5 --seed 1",
+]
+
+
+def test_each_option_changes_the_samples_and_each_repeats(model, tmp_path):
+    pictures = [draw(model, tmp_path / "a.png", flags) for flags in OPTIONS]
+    assert len(set(pictures)) == len(OPTIONS)
+    assert [draw(model, tmp_path / "b.PNG", flags) for flags in OPTIONS] == pictures
+    # This model's variance is small: eta = 1 is the ancestral step on the same noise (DDIM sec. 4.1)
+    draw(model, tmp_path / "a.png", "--steps 5 --eta 1")
+    draw(model, tmp_path / "b.png", "--steps 5 --sampler ancestral")
+    a, b = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("a.png", "b.png"))
+    assert np.abs(a - b).max() <= 1  # of 255: float32
+
+
+def test_samples_are_those_of_the_module(model, tmp_path):
+    import torch
+
+    from minddpm import checkpoint, viz
+    from minddpm.samplers import ddim, sample, uniform_grid
+
+    draw(model, tmp_path / "a.png", "--steps 5 --seed 3")
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    x = sample(checkpoint.load(model), x, uniform_grid(10, 5), ddim)
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert (picture == viz.grid(x, scale=8)[..., 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--n 0", "n must be at least 1, got 0"),
+        ("--steps 11", r"the number of steps must lie in 1..T = 10, got 11"),
+        ("--steps 0", r"the number of steps must lie in 1..T = 10, got 0"),
+        ("--steps 5 --eta 1.5", r"eta must lie in \[0, 1\], got 1.5"),
+        ("--steps 5 --eta nan", r"eta must lie in \[0, 1\], got nan"),
+        ("--steps 5 --eta 1 --sampler ancestral", "eta belongs to the sampler ddim"),
+        ("--steps 5 --device toaster", "device 'toaster' cannot be used here"),
+        ("--steps 5 --out picture.jpg", "out must name a .png file, got 'picture.jpg'"),
+        ("--steps 5 --out {model}", "out must name a .png file"),
+        ("--steps 5 --out {model}/last.safetensors/a.png", "last.safetensors"),
+    ],
+)
+def test_mistakes_in_sampling_get_one_line(model, tmp_path, flags, message):
+    out = tmp_path / "a.png"
+    assert re.search(message, mistake(draw, model, out, flags.format(model=shlex.quote(model))))
+    assert not out.exists()
+
+
+def test_a_corrupt_checkpoint_gets_one_line(model, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"hello")
+    line = mistake(draw, str(tmp_path / "bad.safetensors"), tmp_path / "a.png")
+    assert "is not a complete safetensors file" in line
+
+
+def test_export_writes_half_the_bytes_and_samples_alike(model, tmp_path, capsys):
+    main(["export", model, str(tmp_path / "small.safetensors")])
+    assert f"weights of {model} are in" in said(capsys)
+    draw(model, tmp_path / "a.png", "--steps 5")
+    draw(str(tmp_path / "small.safetensors"), tmp_path / "b.png", "--steps 5")
+    a, b = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("a.png", "b.png"))
+    assert np.abs(a - b).max() <= 2  # of 255; half precision has 11 bits
+    size = (tmp_path / "small.safetensors").stat().st_size
+    assert size < os.path.getsize(os.path.join(model, "last.safetensors")) / 4
