@@ -268,7 +268,7 @@ def test_a_header_that_cannot_be_used_gets_one_line(saved, header, message):
 
 
 def test_missing_and_misshapen_tensors_get_one_line(saved):
-    path, state = saved
+    path, _ = saved
     tensors = load_file(path)
     rewrite(path, {k: v for k, v in tensors.items() if k != "ema.first.weight"})
     one_line(path, "does not hold the network that its config describes")

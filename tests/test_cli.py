@@ -257,7 +257,7 @@ def test_each_option_changes_the_samples_and_each_repeats(model, tmp_path):
     pictures = [draw(model, tmp_path / "a.png", flags) for flags in OPTIONS]
     assert len(set(pictures)) == len(OPTIONS)
     assert [draw(model, tmp_path / "b.PNG", flags) for flags in OPTIONS] == pictures
-    # This model's variance is small: eta = 1 is the ancestral step on the same noise (DDIM sec. 4.1)
+    # Its variance is small: eta = 1 is the ancestral step on the same noise (DDIM sec. 4.1)
     draw(model, tmp_path / "a.png", "--steps 5 --eta 1")
     draw(model, tmp_path / "b.png", "--steps 5 --sampler ancestral")
     a, b = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("a.png", "b.png"))

@@ -387,7 +387,7 @@ def test_flip_mirrors_half_left_to_right_and_nothing_else():
 
 
 def test_the_mirroring_of_the_first_batch_is_independent_of_its_order():
-    """numpy seeds [s, 0] and [s, 0, 0] alike: such a flip would spend the permutation's bits again."""
+    """numpy seeds [s, 0] and [s, 0, 0] alike: such a flip would spend the same bits again."""
     images = numbered(200, width=2)
     images[..., 1] = 255
     mirrored = data.Batches(images, 200, seed=4, flip=True)(0)[:, 0, 0, 0] == 1

@@ -59,14 +59,15 @@ def hold(judge, pixels, bar, name, capsys):
     assert digits.max() <= 0.15
 
 
-def test_the_judge_knows_real_digits_from_noise(judge):
+def test_the_judge_needs_both_halves_of_the_bar(judge):
+    """Noise can be "recognized" too, but always as the same digits: the second half catches it."""
     recognize, real = judge
     assert 0.7 < real < 0.85
     noise = torch.randint(0, 256, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    assert recognize(noise.to(torch.uint8))[0] < 0.1 * real
+    assert recognize(noise.to(torch.uint8))[1].max() > 0.5
 
 
-@pytest.mark.parametrize(("step", "steps"), [(ddim, 50), (ancestral, 250)])
+@pytest.mark.parametrize(("step", "steps"), [(ddim, 50), (ancestral, 100)])
 def test_shipped_digits_are_digits(judge, capsys, step, steps):
     pixels = thousand(checkpoint.load("digits"), step, steps)
     hold(judge, pixels, 0.95, f"shipped, {step.__name__}, {steps} steps", capsys)

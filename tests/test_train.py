@@ -112,7 +112,7 @@ def test_the_mean_over_the_batch_is_minimized():
 
 
 def test_fp16_clips_and_reports_the_true_gradient():
-    """The gradient, (3, 4) / 640, reaches backward() 65,536 times as long; clipping must not see that."""
+    """The gradient, (3, 4) / 640, comes 65,536 times as long; clipping must not see that."""
     net = nn.Linear(2, 1, bias=False)
     state = TrainState(net, config(steps=1, grad_clip=0.5 / 640, precision="fp16"))
     assert state.scaler.get_scale() == 65536
@@ -214,13 +214,12 @@ def test_a_run_taken_up_again_repeats_the_whole_run(stop):
 def test_each_step_and_seed_draws_anew():
     draws = {}
     for seed in (0, 1):
-        drawn = []
+        net, drawn = line(), []
 
-        def loss(batch, drawn=drawn):
+        def loss(batch, net=net, drawn=drawn):
             drawn.append(torch.rand(()).item())
             return net(batch[0])
 
-        net = line()
         list(train(TrainState(net, config(steps=4, seed=seed)), loss, points))
         draws[seed] = drawn
     assert len({*draws[0], *draws[1]}) == 8

@@ -1,4 +1,4 @@
-"""The U-Net, layer by layer, and as a whole against the published network as diffusers builds it."""
+"""The U-Net, layer by layer, and as a whole against the published network in diffusers."""
 
 import math
 
@@ -43,7 +43,7 @@ def attention(c):
     return 2 * c + 4 * conv(c, c, 1)
 
 
-# (kind, channels in, channels out, attention after it): DDPM's CIFAR-10 network, read from its code.
+# (kind, channels in, channels out, attention after it): DDPM's CIFAR-10 network, from its code.
 DOWN = [
     *[("res", 128, 128, False), ("res", 128, 128, False), ("down", 128, 128, False)],
     *[("res", 128, 256, True), ("res", 256, 256, True), ("down", 256, 256, False)],
@@ -260,12 +260,13 @@ def test_network_keeps_type_shape_and_layout(dtype):
 
 def test_every_parameter_of_a_trained_network_receives_a_gradient():
     torch.manual_seed(0)
-    net = UNet(**SMALL)
+    net = UNet(**SMALL | dict(width=64))
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     net(torch.randn(2, 3, 8, 8), torch.tensor([3, 700])).square().mean().backward()
     without = [n for n, p in net.named_parameters() if p.grad is None or (p.grad == 0).all()]
-    assert without == []
+    # A softmax over keys does not see a shift of all of them; in floating point it nearly does not.
+    assert [name for name in without if not name.endswith("key.bias")] == []
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_slider_picture_is_the_frames_side_by_side():
     assert style["width"] == "20px"
     assert style["aspect-ratio"] == "4/2"
     assert style["object-fit"] == "cover"
-    # At p per cent, p per cent of the strip and of the window coincide: frame i of 0..3 at 100 i / 3
+    # At p per cent, that much of the strip meets that much of the window: frame i at 100 i / 3
     position, vertical = style["object-position"].split()
     assert float(position.rstrip("%")) == pytest.approx(200 / 3, abs=1e-9)
     assert vertical == "0"
