@@ -19,8 +19,17 @@ FORMAT = "minddpm 1"
 
 
 def build(config: Config, channels: int, size: int) -> Denoiser:
-    """The untrained denoiser that a config describes, for images (channels, size, size)."""
+    """The untrained denoiser that a config describes, for images (channels, size, size).
+
+    Raises ValueError where the images never have a resolution that is to have attention.
+    """
     model = config.model
+    resolutions = [size >> level for level in range(len(model.multipliers))]
+    if not set(model.attention) <= set(resolutions):
+        raise ValueError(
+            f"attention at {model.attention} is asked for, but images of {size} pixels pass through "
+            f"the resolutions {resolutions}: choose among them with --attention"
+        )
     net = UNet(
         channels=channels,
         size=size,

@@ -161,6 +161,6 @@ MNIST = Config(
 )
 PRESETS = {
     "digits": ("scikit-learn's 8 x 8 digits: minutes on two CPU cores", DIGITS),
-    "mnist": ("MNIST, padded to 32 x 32: an hour or so on one GPU", MNIST),
+    "mnist": ("MNIST, padded to 32 x 32: for a GPU", MNIST),
     "cifar10": ("CIFAR-10, the paper's recipe: 800,000 updates of the 35.7 M network", Config()),
 }

@@ -68,9 +68,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 "t = 0 is the clean image, with nothing to denoise; t must lie in 1..T"
             )
-        cast(
-            signal, xt
-        )  # one clear error for a wrong dtype or batch size, before the network sees it
+        cast(signal, xt)  # a wrong dtype or batch size is one clear error, before the network runs
         steps = torch.as_tensor(t, device=xt.device).expand(len(xt))
         output = self.net(xt, steps)
         learned = self.variance == "learned"

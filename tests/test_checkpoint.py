@@ -294,3 +294,9 @@ def test_weights_alone_cannot_be_resumed(saved, tmp_path):
         "holds weights to sample from, and nothing to train on",
         read=lambda path: checkpoint.load_state(path, state),
     )
+
+
+def test_attention_that_never_happens_is_refused():
+    config = Config(model=ModelConfig(width=8, multipliers=(1, 2), attention=(16,)))
+    with pytest.raises(ValueError, match=r"attention at \(16,\) .* resolutions \[8, 4\]"):
+        checkpoint.build(config, 1, 8)

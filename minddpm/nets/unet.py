@@ -139,7 +139,7 @@ class UNet(nn.Module):
         if size % 2 ** (len(multipliers) - 1):
             raise ValueError(
                 f"{len(multipliers)} resolutions need a size divisible by "
-                f"{2 ** (len(multipliers) - 1)}, got {size}"
+                f"{2 ** (len(multipliers) - 1)}, got {size}: resize, or take fewer multipliers"
             )
         if width % 4:
             raise ValueError(f"width must be a multiple of 4, got {width}")
