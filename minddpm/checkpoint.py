@@ -24,12 +24,6 @@ def build(config: Config, channels: int, size: int) -> Denoiser:
     Raises ValueError where the images never have a resolution that is to have attention.
     """
     model = config.model
-    resolutions = [size >> level for level in range(len(model.multipliers))]
-    if not set(model.attention) <= set(resolutions):
-        raise ValueError(
-            f"attention at {model.attention} is asked for, but images of {size} pixels pass through "
-            f"the resolutions {resolutions}: choose among them with --attention"
-        )
     net = UNet(
         channels=channels,
         size=size,
@@ -40,6 +34,12 @@ def build(config: Config, channels: int, size: int) -> Denoiser:
         dropout=model.dropout,
         out_channels=2 * channels if model.variance == "learned" else channels,
     )
+    resolutions = [size >> level for level in range(len(model.multipliers))]
+    if not set(model.attention) <= set(resolutions):
+        raise ValueError(
+            f"attention at {model.attention} is asked for, but images of {size} pixels pass "
+            f"through the resolutions {resolutions}: choose among them with --attention"
+        )
     return Denoiser(net, SCHEDULES[model.schedule](model.T), model.predicts, model.variance)
 
 
