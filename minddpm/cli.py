@@ -78,7 +78,7 @@ class Sample:
         grid = GRIDS[self.grid](denoiser.schedule.T, self.steps)
         x = sample(denoiser, x, grid, STEPS[self.sampler], generator=generator, **options)
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_bytes(viz.png(viz.grid(x, scale=max(1, 64 // x.shape[-1]))))
+        self.out.write_bytes(viz.sheet(x))
         print(f"{self.n} samples are in {self.out}")
 
 

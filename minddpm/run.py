@@ -131,8 +131,7 @@ class Run:
         x = torch.randn(64, *self.state.net.shape, generator=generator, device=self.state.device)
         steps = min(50, self.denoiser.schedule.T)
         x = sample(averaged, x, uniform_grid(self.denoiser.schedule.T, steps), ddim)
-        picture = viz.png(viz.grid(x, scale=max(1, 64 // x.shape[-1])))
-        (self.out / f"samples-{self.state.step:07d}.png").write_bytes(picture)
+        (self.out / f"samples-{self.state.step:07d}.png").write_bytes(viz.sheet(x))
 
 
 class Interrupt:

@@ -55,7 +55,7 @@ def test_a_run_saves_on_the_way_and_at_its_end(tmp_path, capsys, monkeypatch):
     assert names == ["last.safetensors", "samples-0000004.png", "samples-0000006.png"]
     for name in names[1:]:
         picture = np.asarray(Image.open(out / name))
-        assert picture.shape == (8 * 64, 8 * 64)  # 8 x 8 tiles of 8 pixels, each 8 on the screen
+        assert picture.shape == (8 * 72, 8 * 72)  # 8 x 8 tiles of 8 + 1 pixels, each 8 wide
     said = capsys.readouterr().out
     assert f"step 6 of 6: checkpoint and samples are in {out}" in said
     assert f"to sample: minddpm sample {out}" in said

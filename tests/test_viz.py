@@ -256,3 +256,12 @@ def test_slider_refuses(frames, labels, message):
 
 def test_the_widest_slider_is_taken():
     assert viz.Slider(tiles(2, h=1, w=8000), ["a", "b"], alt="x")._repr_html_()
+
+
+def test_a_sheet_sets_the_images_apart():
+    black = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    picture = np.asarray(Image.open(io.BytesIO(viz.sheet(black))))
+    assert picture.shape == (2 * 33, 2 * 3 * 33)
+    column = picture[0]
+    assert [(column[66 * k : 66 * k + 66] == 0).sum() for k in range(3)] == [64, 64, 64]
+    assert (column[[64, 65, 130, 131]] == 255).all()
