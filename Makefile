@@ -11,6 +11,9 @@ SITE   := _build/html
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export TQDM_DISABLE := 1
+# Threads that wait give way: on a busy machine spinning ones slow everything down thirtyfold.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
 unexport PYTHONPATH PYTHONHOME MPLBACKEND
 
 .DEFAULT_GOAL := help
