@@ -143,7 +143,7 @@ DIGITS = Config(
         variance="small",
     ),
     train=TrainConfig(
-        steps=1500,
+        steps=1200,
         batch_size=64,
         learning_rate=2e-3,
         warmup=100,
