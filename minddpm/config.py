@@ -143,7 +143,7 @@ DIGITS = Config(
         variance="small",
     ),
     train=TrainConfig(
-        steps=1200,
+        steps=1000,
         batch_size=64,
         learning_rate=2e-3,
         warmup=100,
