@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): once, a few minutes, about 6 GB with PyTorch."
 	"$(PYTHON)" -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,full,test]"
 	@touch $@
 
 book: $(STAMP)  ## Build the book with warnings as errors, and say which page to open

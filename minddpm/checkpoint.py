@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from minddpm.config import Config, from_dict
 from minddpm.nets import UNet
 from minddpm.prediction import Denoiser
+from minddpm.published import from_diffusers, to_diffusers
 from minddpm.schedule import SCHEDULES
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -43,10 +45,13 @@ def build(config: Config, channels: int, size: int) -> Denoiser:
     return Denoiser(net, SCHEDULES[model.schedule](model.T), model.predicts, model.variance)
 
 
-def save(path: str | Path, tensors: dict[str, torch.Tensor], config: Config, **facts) -> None:
+def save(
+    path: str | Path, tensors: dict, config: Config, keep_as: Path | None = None, **facts
+) -> None:
     """Write tensors, config and facts (JSON values) to `path`, all or nothing.
 
-    The file is written beside `path` and renamed, so that a failure leaves what was there.
+    The file is written beside `path` and renamed, so that a failure leaves what was there. keep_as:
+    the name under which what was there is to be kept.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -56,6 +61,11 @@ def save(path: str | Path, tensors: dict[str, torch.Tensor], config: Config, **f
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata=header
         )
+        part.chmod(0o644)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep_as and path.exists():
+            os.replace(path, keep_as)
         os.replace(part, path)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} could not be written ({error}); what was there is intact") from error
@@ -63,20 +73,30 @@ def save(path: str | Path, tensors: dict[str, torch.Tensor], config: Config, **f
         part.unlink(missing_ok=True)
 
 
-def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
-    """(tensors, config, facts) of a checkpoint, or of a shipped one by its name.
+def read(source: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
+    """(tensors, config, facts) of a checkpoint: a file, a run's folder, or shipped weights by name.
 
-    Raises FileNotFoundError or ValueError with one line that says what is wrong.
+    Of a run's folder it is the newest one that is whole; a warning says so where that is not the
+    last. Raises FileNotFoundError or ValueError with one line that says what is wrong.
     """
-    path = resolve(path)
+    path, *earlier = candidates(source)
+    for older in earlier:
+        try:
+            return read_file(path)
+        except ValueError as error:
+            warnings.warn(f"{error}: {older.name} is taken instead", stacklevel=2)
+            path = older
+    return read_file(path)
+
+
+def read_file(path: Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
+    """(tensors, config, facts) of one file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); take an earlier checkpoint"
-        ) from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by minddpm: its header does not say {FORMAT!r}")
     try:
@@ -85,40 +105,66 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
         raise ValueError(f"the header of {path} cannot be used: {error}") from error
 
 
-def resolve(path: str | Path) -> Path:
-    """The file meant by a path, a run's folder, or the name of shipped weights."""
+def candidates(source: str | Path) -> list[Path]:
+    """The files meant by a path or the name of shipped weights; of a run's folder, newest first."""
     shipped = {f.stem: f for f in SHIPPED.glob("*.safetensors")}
-    if str(path) in shipped:
-        return shipped[str(path)]
-    path = Path(path)
+    if str(source) in shipped:
+        return [shipped[str(source)]]
+    path = Path(source)
+    files = [path]
     if path.is_dir():
-        path = path / "last.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint {str(path)!r}: expected a file, a run's folder or one of "
-            + ", ".join(sorted(shipped))
-        )
-    return path
+        files = [path / "last.safetensors", *sorted(path.glob("step-*.safetensors"), reverse=True)]
+    if found := [file for file in files if file.is_file()]:
+        return found
+    raise FileNotFoundError(
+        f"no checkpoint {str(source)!r}: expected a file, a run's folder or one of "
+        + ", ".join(sorted(shipped))
+    )
 
 
-def load(path: str | Path, device: str = "cpu") -> Denoiser:
+def load(source: str | Path, device: str = "cpu") -> Denoiser:
     """The trained denoiser of a checkpoint, moving-average weights, in evaluation mode.
 
-    path: a file, a run's folder, or the name of shipped weights ("digits").
+    source: a file, a run's folder, the name of shipped weights ("digits"), a folder of `diffusers`,
+    or a repository of the Hugging Face hub ("google/ddpm-cifar10-32").
     """
-    tensors, config, facts = read(path)
+    if is_published(source):
+        return from_diffusers(source).to(device)
+    tensors, config, facts = read(source)
+    return averaged(tensors, config, facts, source).to(device)
+
+
+def averaged(tensors: dict, config: Config, facts: dict, source: str | Path) -> Denoiser:
+    """The denoiser of what `read` returned."""
     weights = {name[4:]: x.float() for name, x in tensors.items() if name.startswith("ema.")}
     try:
         denoiser = build(config, *facts["shape"][:2])
         denoiser.net.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold the network that its config describes") from error
-    return denoiser.eval().requires_grad_(False).to(device)
+        raise ValueError(f"{source} does not hold the network that its config describes") from error
+    return denoiser.eval().requires_grad_(False)
 
 
-def export(path: str | Path, out: str | Path) -> None:
-    """Write the averaged weights of a checkpoint to `out`, in half precision: enough to sample."""
-    tensors, config, facts = read(path)
+def is_published(source: str | Path) -> bool:
+    """Whether this is a folder of `diffusers`, or "owner/name" with nothing of that name here."""
+    path, parts = Path(source), str(source).split("/")
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    named = len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~"))
+    return named and not path.exists() and not path.parent.is_dir() and not path.suffix
+
+
+def export(source: str | Path, out: str | Path) -> None:
+    """Write the averaged weights of a checkpoint: enough to sample.
+
+    out: a `.safetensors` file, in half precision, or a folder for `diffusers`' DDPMPipeline.
+    """
+    if Path(out).suffix not in ("", ".safetensors"):
+        raise ValueError(f"out must name a .safetensors file or a folder, got {str(out)!r}")
+    tensors, config, facts = read(source)
+    if not Path(out).suffix:
+        to_diffusers(averaged(tensors, config, facts, source).net, config.model, out)
+        return
     half = {name: x.half() for name, x in tensors.items() if name.startswith("ema.")}
     save(out, half, config, **facts)
 
@@ -133,10 +179,19 @@ def state_tensors(state) -> dict[str, torch.Tensor]:
     return tensors | {f"scaler.{k}": torch.tensor(v) for k, v in scale.items()}
 
 
-def save_state(path: str | Path, state, config: Config, **facts) -> None:
+def save_state(
+    path: str | Path, state, config: Config, keep_as: Path | None = None, **facts
+) -> None:
     """Write what training needs to go on exactly: weights, average, Adam's moments, scale, step."""
     facts |= {"step": state.step, "shape": list(state.net.shape)}
-    save(path, state_tensors(state), config, **facts)
+    save(path, state_tensors(state), config, keep_as, **facts)
+
+
+def save_average(path: str | Path, state, config: Config, **facts) -> None:
+    """Write the averaged weights alone: enough to sample."""
+    facts |= {"step": state.step, "shape": list(state.net.shape)}
+    tensors = {k: x for k, x in state_tensors(state).items() if k.startswith("ema.")}
+    save(path, tensors, config, **facts)
 
 
 def load_state(path: str | Path, state) -> dict:
@@ -145,6 +200,12 @@ def load_state(path: str | Path, state) -> dict:
     Returns the facts that were saved. Raises ValueError where they belong to another network.
     """
     tensors, _, facts = read(path)
+    put_back(state, tensors, facts, path)
+    return facts
+
+
+def put_back(state, tensors: dict, facts: dict, path: str | Path) -> None:
+    """Put a TrainState back to what `read` returned; `path` is named where it cannot be."""
     part = {}
     for name, x in tensors.items():
         prefix, rest = name.split(".", 1)
@@ -169,4 +230,3 @@ def load_state(path: str | Path, state) -> dict:
     if "scaler" in part:
         state.scaler.load_state_dict({k: v.item() for k, v in part["scaler"].items()})
     state.step = facts["step"]
-    return facts

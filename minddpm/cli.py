@@ -25,11 +25,23 @@ class Train:
     """Where downloaded data sets are kept."""
     save_every: int = 500
     """Updates from one checkpoint and sample grid to the next."""
+    keep: int = 2
+    """Checkpoints that stay: the last ones. The best averaged weights stay besides."""
+    compile: bool = True
+    """On a GPU, let torch compile the network: a slow first minute, then faster updates."""
+    channels_last: bool = True
+    """On a GPU, store images with their channels together: faster convolutions."""
+    fused: bool = True
+    """On a GPU, update all weights in one kernel."""
 
     def __call__(self) -> None:
+        from minddpm import processes
         from minddpm.run import Run
 
-        Run(self.config, self.out, self.resume, self.device, self.root, self.save_every).go()
+        try:
+            Run(**vars(self)).go()
+        finally:
+            processes.leave()
 
 
 @dataclass(frozen=True)
@@ -38,58 +50,74 @@ class Sample:
 
     model: Annotated[str, tyro.conf.Positional] = "digits"
     """A checkpoint file, a run's folder, or the name of shipped weights."""
-    n: int = 64
+    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
     """Number of samples."""
-    sampler: Literal["ddim", "ancestral"] = "ddim"
+    sampler: Literal[
+        "ddim", "ancestral", "heun", "dpm-solver", "reverse-diffusion", "predictor-corrector"
+    ] = "ddim"
     """The step."""
     steps: int = 50
-    """Network calls a sample."""
-    grid: Literal["uniform", "quadratic"] = "uniform"
+    """Steps a sample, a network call each; two with heun and predictor-corrector."""
+    grid: Literal["uniform", "quadratic", "log-snr", "karras"] = "uniform"
     """How the steps are spread over time."""
-    eta: float = 0.0
-    """DDIM's noise: 0 deterministic, 1 ancestral."""
+    eta: float | None = None
+    """Noise of ddim (0 unless given: none; 1: ancestral) or reverse-diffusion (1; 0: an ODE)."""
     seed: int = 0
     """The same seed gives the same samples."""
+    batch: int = 256
+    """Samples at a time."""
+    frames: int = 0
+    """Stops on the way to show: a strip in a .png; a .gif or .webp has 25 unless told."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best one here."""
     out: Path = Path("samples.png")
-    """The picture to write."""
+    """The file to write: .png, .gif, .webp, or .npz for an array `images` (N, H, W, C)."""
 
     def __call__(self) -> None:
-        import torch
-
-        from minddpm import checkpoint, viz
+        from minddpm import checkpoint, generate, processes
         from minddpm.run import pick_device
-        from minddpm.samplers import GRIDS, STEPS, sample
+        from minddpm.samplers import GRIDS, STEPS
 
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
-        if self.out.suffix.lower() != ".png" or self.out.is_dir():
-            raise ValueError(f"out must name a .png file, got {str(self.out)!r}")
-        device = pick_device(self.device)
-        denoiser = checkpoint.load(self.model, device)
-        generator = torch.Generator(device).manual_seed(self.seed)
-        x = torch.randn(self.n, *denoiser.net.shape, generator=generator, device=device)
-        options = {"eta": self.eta} if self.sampler == "ddim" else {}
-        grid = GRIDS[self.grid](denoiser.schedule.T, self.steps)
-        x = sample(denoiser, x, grid, STEPS[self.sampler], generator=generator, **options)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_bytes(viz.sheet(x))
-        print(f"{self.n} samples are in {self.out}")
+        self._check(generate.SUFFIXES)
+        try:
+            device = processes.join(pick_device(self.device))
+            denoiser = checkpoint.load(self.model, device)
+            grid = GRIDS[self.grid](denoiser.schedule, self.steps)
+            work = denoiser, self.n, grid, STEPS[self.sampler]
+            options = {"seed": self.seed} | ({} if self.eta is None else {"eta": self.eta})
+            frames = self.frames
+            if self.out.suffix.lower() in (".gif", ".webp"):
+                frames = frames or min(25, len(grid))
+            if frames:
+                _, pixels = generate.path(*work, frames, **options)
+            else:
+                pixels = generate.samples(*work, batch=self.batch, **options)
+            if processes.place()[0] == 0:
+                generate.write(self.out, pixels)
+                print(f"{self.n} samples are in {self.out}")
+        finally:
+            processes.leave()
+
+    def _check(self, suffixes: tuple[str, ...]) -> None:
+        for name in ("n", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.eta is not None and self.sampler not in ("ddim", "reverse-diffusion"):
+            raise ValueError(f"eta belongs to ddim and reverse-diffusion, not to {self.sampler}")
+        if self.out.suffix.lower() not in suffixes or self.out.is_dir():
+            raise ValueError(f"out must name a {', '.join(suffixes)} file, got {str(self.out)!r}")
+        if self.frames and self.out.suffix.lower() == ".npz":
+            raise ValueError("frames are for pictures: choose a .png, .gif or .webp, or no frames")
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's averaged weights in half precision: a small file to share and sample."""
+    """Write a run's averaged weights: a small file to share and sample, or a diffusers pipeline."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder, or a checkpoint file."""
     out: Annotated[Path, tyro.conf.Positional]
-    """The file to write."""
+    """The .safetensors file to write, in half precision; or a folder, for diffusers."""
 
     def __call__(self) -> None:
         from minddpm import checkpoint

@@ -52,14 +52,16 @@ class TrainConfig:
     """Updates over which the learning rate rises from 0."""
     cooldown: int = 0
     """Last updates, over which the learning rate falls to 0."""
+    accumulate: int = 1
+    """Parts in which a batch passes through the network, to save memory."""
     grad_clip: float = 1.0
     """Largest norm of a gradient."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, an update."""
     flip: bool = True
     """Mirror half of the images, left to right."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the network's arithmetic; weights stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Number format of the network's arithmetic; weights stay in fp32. auto: the GPU's best."""
     seed: int = 0
     """Everything random in the run follows from it."""
 
@@ -71,6 +73,7 @@ class TrainConfig:
             learning_rate=(0 < self.learning_rate < float("inf"), "positive and finite"),
             warmup=(self.warmup >= 0, "0 or more"),
             cooldown=(self.cooldown >= 0, "0 or more"),
+            accumulate=(self.accumulate >= 1, "1 or more"),
             grad_clip=(self.grad_clip > 0, "positive (inf for none)"),
             ema_decay=(0 <= self.ema_decay < 1, "in [0, 1)"),
             seed=(0 <= self.seed < 2**63, "in 0..2^63 - 1"),

@@ -80,6 +80,29 @@ def vlb_terms(
     return torch.stack(terms[::-1], dim=1)
 
 
+@torch.no_grad()
+def bound_estimate(
+    denoiser, x0: Tensor, clip: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """An unbiased estimate of `vlb_terms(...).sum(1)`, (B,), from two network calls (DDPM eq. 5).
+
+    The prior and the decoder are taken as they are, and of the T - 1 terms between them one an
+    image, at times that the batch spreads evenly over 2..T. generator: on the CPU.
+    """
+    check_levels(x0)
+    schedule, n = denoiser.schedule, len(x0)
+    spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    t = 2 + (spread * (schedule.T - 1)).long()
+    bits = prior_term(schedule, x0)
+    for times, weight in [(torch.ones_like(t), 1), (t, schedule.T - 1)]:
+        if weight:
+            eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+            xt = q_sample(schedule, x0, times, eps)
+            term = bound_term(denoiser, x0, xt, times, times - 1, denoiser(xt, times, clip=clip))
+            bits = bits + weight * term
+    return bits
+
+
 def bits_per_dim(log_density: Tensor, dims: int, levels: int = 256) -> Tensor:
     """Bits per dimension on `levels` grey values, from a log-density in nats over [-1, 1]^dims.
 

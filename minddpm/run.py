@@ -5,64 +5,88 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minddpm import checkpoint, data, viz
+from minddpm import checkpoint, data, processes, viz
 from minddpm.config import Config
-from minddpm.losses import hybrid_loss, simple_loss
+from minddpm.likelihood import bound_estimate
+from minddpm.log import Log
+from minddpm.losses import draw, hybrid_loss, simple_loss
 from minddpm.prediction import Denoiser
 from minddpm.samplers import ddim, sample, uniform_grid
 from minddpm.train import Record, TrainState, train
+
+FIXED = 512  # images on which the run watches itself
 
 
 class Run:
     """A run of `config` in the folder `out`, new or resumed; `go` trains it to its end.
 
-    Raises ValueError when `out` holds a run and `resume` is not asked for, when it holds none and
-    it is, or when the run there was started with another config (more steps are welcome).
+    save_every: updates between checkpoints; keep: how many of them stay. compile, channels_last,
+    fused: what makes a GPU faster; on other devices they do nothing. Started by `torchrun`, the
+    processes share each batch, and the first alone writes. Raises ValueError when `out` holds a run
+    and `resume` is not asked for, when it holds none and it is, or when the run there was started
+    with another config (more steps are welcome).
     """
 
     def __init__(
-        self, config: Config, out: Path, resume: bool, device: str, root: str, save_every: int
+        self,
+        config: Config,
+        out: Path,
+        resume: bool = False,
+        device: str = "auto",
+        root: str = "data",
+        save_every: int = 500,
+        keep: int = 2,
+        compile: bool = True,
+        channels_last: bool = True,
+        fused: bool = True,
     ):
-        self.config, self.out, self.save_every = config, Path(out), save_every
+        self.config, self.out, self.save_every, self.keep = config, Path(out), save_every, keep
         self.last = self.out / "last.safetensors"
-        if save_every < 1:
-            raise ValueError(f"save_every must be 1 or more, got {save_every}")
-        self._check(resume)
-        device = pick_device(device)
-        pixels = data.load(config.data, config.split, root, config.size).pixels.to(device)
-        self.batch = data.Batches(
-            pixels, config.train.batch_size, config.train.seed, config.train.flip
-        )
-        if pixels.shape[2] != pixels.shape[3]:
-            raise ValueError(f"the images must be square, got {tuple(pixels.shape[2:])}: crop them")
+        for name, value in [("save_every", save_every), ("keep", keep)]:
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        saved = self._find(resume)
+        device = processes.join(pick_device(device))
+        gpu = device.startswith("cuda")
+        self._load_images(device, root)
         torch.manual_seed(config.train.seed)
-        self.denoiser = checkpoint.build(config, *pixels.shape[1:3]).to(device)
-        self.state = TrainState(self.denoiser.net, config.train)
-        self.seconds = checkpoint.load_state(self.last, self.state)["seconds"] if resume else 0.0
+        self.denoiser = checkpoint.build(config, *self.batches.pixels.shape[1:3]).to(device)
+        self.format = torch.channels_last if gpu and channels_last else torch.contiguous_format
+        self.denoiser.net.to(memory_format=self.format)
+        train_config = replace(config.train, precision=pick_precision(config.train.precision, gpu))
+        self.state = TrainState(self.denoiser.net, train_config, fused and gpu)
+        self.seconds, self.best, self.previous = 0.0, math.inf, None
+        if saved:
+            tensors, _, facts = saved
+            checkpoint.put_back(self.state, tensors, facts, self.out)
+            self.seconds, self.best = facts["seconds"], facts.get("best", math.inf)
         if self.state.step > config.train.steps:
             raise ValueError(
                 f"the run in {self.out} has done {self.state.step} steps: ask for more"
             )
+        self.learner = Denoiser(self._wrap(gpu and compile), *reading(self.denoiser))
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def _check(self, resume: bool) -> None:
+    def _find(self, resume: bool) -> tuple | None:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out} is a file, not a folder: choose another --out")
+        held = self.last.exists() or any(self.out.glob("step-*.safetensors"))
         if not resume:
-            if self.last.exists():
+            if held:
                 raise ValueError(
                     f"{self.out} already holds a run: add --resume, or choose another --out"
                 )
-            return
-        if not self.last.exists():
+            return None
+        if not held:
             raise ValueError(f"{self.out} holds no run to resume: leave --resume out to start one")
-        then, now = (flatten(asdict(c)) for c in (checkpoint.read(self.last)[1], self.config))
+        saved = checkpoint.read(self.out)
+        then, now = (flatten(asdict(c)) for c in (saved[1], self.config))
         changed = [
             f"{k} = {then[k]}, not {now[k]}" for k in now if k != "steps" and then[k] != now[k]
         ]
@@ -71,37 +95,91 @@ class Run:
                 f"the run in {self.out} was started with {'; '.join(changed)}: "
                 "give the same flags to resume it"
             )
+        return saved
+
+    def _load_images(self, device: str, root: str) -> None:
+        config, (rank, world) = self.config, processes.place()
+        if rank:
+            processes.wait()  # the first process downloads
+        pixels = data.load(config.data, config.split, root, config.size).pixels
+        held_out = config.data in data.NAMED and config.split == "train"
+        fixed = data.load(config.data, "test", root).pixels if held_out else pixels
+        if not rank:
+            processes.wait()
+        if pixels.shape[2] != pixels.shape[3]:
+            raise ValueError(f"the images must be square, got {tuple(pixels.shape[2:])}: crop them")
+        if config.train.batch_size % (config.train.accumulate * world):
+            raise ValueError(
+                f"batch_size = {config.train.batch_size} must be a multiple of accumulate = "
+                f"{config.train.accumulate} times the number of processes = {world}"
+            )
+        batch = config.train.batch_size, config.train.seed, config.train.flip
+        self.batches = data.Batches(pixels.to(device), *batch)
+        self.fixed = data.to_model(fixed[:: max(1, len(fixed) // FIXED)][:FIXED]).to(device)
+
+    def _wrap(self, compile: bool) -> torch.nn.Module:
+        net = self.denoiser.net
+        if processes.place()[1] > 1:
+            net = self.state.replica = torch.nn.parallel.DistributedDataParallel(net)
+        return torch.compile(net) if compile else net
+
+    def _batch(self, k: int) -> tuple[torch.Tensor, ...]:
+        x0 = self.batches(k).contiguous(memory_format=self.format)
+        return x0, *draw(self.denoiser.schedule.T, x0, None, None)
 
     def go(self) -> None:
         """Train, showing progress, to the last step or to Ctrl-C; save, and say how to go on."""
         loss_fn = hybrid_loss if self.config.model.variance == "learned" else simple_loss
-        updates = train(self.state, lambda x: loss_fn(self.denoiser, x), self.batch)
-        steps, began = self.config.train.steps, time.monotonic() - self.seconds
+        updates = train(self.state, lambda batch: loss_fn(self.learner, *batch), self._batch)
+        (rank, world), steps = processes.place(), self.config.train.steps
+        self.log = None if rank else Log(self.out, self.state.step)
+        self.began = time.monotonic() - self.seconds
+        self.mark = self.state.step, self.seconds
+        silent = {"disable": True} if rank else {}
         with (
-            tqdm(total=steps, initial=self.state.step, unit="step") as bar,
+            tqdm(total=steps, initial=self.state.step, unit="step", **silent) as bar,
             Interrupt() as interrupt,
         ):
             for record in updates:
-                self.seconds = time.monotonic() - began
+                self.seconds = time.monotonic() - self.began
                 bar.update()
-                if record.step % 20 == 0 or record.step == steps:
-                    self._report(bar, record)
-                if interrupt.asked:
+                saves = record.step % self.save_every == 0 and record.step < steps
+                meets = record.step % 20 == 0
+                row = self._report(bar, record) if meets or saves or record.step == steps else {}
+                if row and world > 1:  # all of them stop at the same step, or none
+                    interrupt.asked = processes.mean(torch.tensor(float(interrupt.asked))) > 0
+                if interrupt.asked and (world == 1 or row):
                     break
-                if record.step % self.save_every == 0:
-                    self.save()
-        self.save()
-        print(f"step {self.state.step:,} of {steps:,}: checkpoint and samples are in {self.out}")
-        if self.state.step < steps:
+                if saves:
+                    row |= self.save()
+                if row and self.log:
+                    self.log.write(self.state.step, **row)
+        row = self.save()
+        if self.log:
+            self.log.write(self.state.step, seconds=self.seconds, **row)
+            self.log.close()
+            self._farewell()
+
+    def _farewell(self) -> None:
+        step, steps = self.state.step, self.config.train.steps
+        print(f"step {step:,} of {steps:,}: checkpoint and samples are in {self.out}")
+        if step < steps:
             print(f"to go on: {command_line()} --resume")
         else:
             print(f"to sample: minddpm sample {shlex.quote(str(self.out))}")
 
-    def _report(self, bar: tqdm, record: Record) -> None:
-        loss = record.loss.item()
+    def _report(self, bar: tqdm, record: Record) -> dict:
+        loss = processes.mean(record.loss)
         self._insist(math.isfinite(loss), f"the loss is {loss}")
-        rate = record.step * self.config.train.batch_size / max(1e-9, self.seconds)
+        (step, seconds), self.mark = self.mark, (record.step, self.seconds)
+        images = (record.step - step) * self.config.train.batch_size
+        rate = images / max(1e-9, self.seconds - seconds)
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
+        row = {"seconds": self.seconds, "loss": loss, "grad_norm": record.grad_norm.item()}
+        row |= {"learning_rate": record.learning_rate, "images_per_second": rate}
+        if self.state.device.type == "cuda":
+            row["memory_gib"] = torch.cuda.max_memory_allocated(self.state.device) / 2**30
+        return row
 
     def _insist(self, finite: bool, what: str) -> None:
         if not finite:
@@ -110,28 +188,59 @@ class Run:
                 f"--precision fp32; a checkpoint saved before in {self.out} is as it was"
             )
 
-    def save(self) -> None:
+    def save(self) -> dict:
         """Write the checkpoint and, from the averaged weights, a grid of 64 samples.
 
-        Raises FloatingPointError, and writes nothing, where a weight is not finite.
+        Returns the averaged weights' loss and bound on the fixed images. Raises FloatingPointError,
+        and writes nothing, where a weight is not finite.
         """
         finite = all(p.isfinite().all() for p in self.state.net.parameters())
         self._insist(finite, "a weight is not finite")
-        checkpoint.save_state(
-            self.last,
-            self.state,
-            self.config,
+        if processes.place()[0]:
+            return {}
+        averaged = Denoiser(self.state.ema.module.eval(), *reading(self.denoiser))
+        row = watch(averaged, self.fixed)
+        better, self.best = row["fixed_loss"] < self.best, min(row["fixed_loss"], self.best)
+        facts = dict(
             command=command_line(),
             seconds=round(self.seconds),
+            best=self.best,
             device=device_name(self.state.device),
             torch=torch.__version__,
         )
-        averaged = Denoiser(self.state.ema.module.eval(), *reading(self.denoiser))
-        generator = torch.Generator(self.state.device).manual_seed(0)
-        x = torch.randn(64, *self.state.net.shape, generator=generator, device=self.state.device)
-        steps = min(50, self.denoiser.schedule.T)
-        x = sample(averaged, x, uniform_grid(self.denoiser.schedule.T, steps), ddim)
-        (self.out / f"samples-{self.state.step:07d}.png").write_bytes(viz.sheet(x))
+        older = self.keep > 1 and self.previous is not None
+        keep_as = self.out / f"step-{self.previous:07d}.safetensors" if older else None
+        if self.previous != self.state.step:
+            checkpoint.save_state(self.last, self.state, self.config, keep_as, **facts)
+        self.previous = self.state.step
+        for file in sorted(self.out.glob("step-*.safetensors"), reverse=True)[self.keep - 1 :]:
+            file.unlink()
+        if better:
+            checkpoint.save_average(self.out / "best.safetensors", self.state, self.config, **facts)
+        picture = viz.sheet(draw_samples(averaged, 64))
+        (self.out / f"samples-{self.state.step:07d}.png").write_bytes(picture)
+        self.log.picture(self.state.step, picture)
+        return row
+
+
+def watch(denoiser: Denoiser, x0: torch.Tensor) -> dict:
+    """The loss and the bound, in bits per dimension, on x0 with noises that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    T, n = denoiser.schedule.T, len(x0)
+    t = 1 + torch.randint(T, (n,), generator=generator)
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    with torch.no_grad():
+        loss = simple_loss(denoiser, x0, t, eps).mean().item()
+    bits = bound_estimate(denoiser, x0, generator=generator).mean().item()
+    return {"fixed_loss": loss, "fixed_bits_per_dim": bits}
+
+
+def draw_samples(denoiser: Denoiser, n: int) -> torch.Tensor:
+    """n samples, always from the same noise, in at most 50 deterministic steps."""
+    shape, T = denoiser.net.shape, denoiser.schedule.T
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(denoiser.net.parameters()).device)
+    return sample(denoiser, x, uniform_grid(T, min(50, T)), ddim)
 
 
 class Interrupt:
@@ -166,6 +275,13 @@ def pick_device(name: str) -> str:
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
         ) from error
     return name
+
+
+def pick_precision(name: str, gpu: bool) -> str:
+    """The number format of that name; for "auto" bf16 where a GPU has it, else fp16, else fp32."""
+    if name != "auto":
+        return name
+    return ("bf16" if torch.cuda.is_bf16_supported(False) else "fp16") if gpu else "fp32"
 
 
 def device_name(device: torch.device) -> str:

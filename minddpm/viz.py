@@ -59,11 +59,11 @@ def grid(x: Tensor, columns: int = 8, scale: int = 1) -> np.ndarray:
     return picture.cpu().numpy().repeat(scale, 0).repeat(scale, 1)
 
 
-def sheet(x: Tensor) -> bytes:
-    """Images (N, C, H, W) as a PNG file: eight a row, white lines between, small ones enlarged."""
+def sheet(x: Tensor, columns: int = 8) -> bytes:
+    """Images (N, C, H, W) as a PNG file: white lines between, small ones enlarged."""
     pixels = x if x.dtype == torch.uint8 else to_uint8(x)
     framed = torch.nn.functional.pad(pixels, (0, 1, 0, 1), value=255)
-    return png(grid(framed, scale=max(1, 64 // x.shape[-1])))
+    return png(grid(framed, columns, scale=max(1, 64 // x.shape[-1])))
 
 
 def show(x: Tensor, columns: int = 8, title: str | None = None, ax=None):

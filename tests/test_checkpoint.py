@@ -160,12 +160,12 @@ def test_shipped_weights_are_found_by_name_and_a_path_remains_a_path(saved, tmp_
     monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
     monkeypatch.chdir(tmp_path)
     path.parent.rename(tmp_path / "gift")
-    assert checkpoint.resolve("gift") == shipped / "gift.safetensors"
+    assert checkpoint.candidates("gift") == [shipped / "gift.safetensors"]
     mine = (tmp_path / "gift" / "last.safetensors").resolve()
-    assert checkpoint.resolve("./gift").resolve() == mine
-    assert checkpoint.resolve(tmp_path / "gift") == mine
+    assert [file.resolve() for file in checkpoint.candidates("./gift")] == [mine]
+    assert checkpoint.candidates(tmp_path / "gift") == [mine]
     with pytest.raises(FileNotFoundError, match="no checkpoint 'gifts': .*one of gift$"):
-        checkpoint.resolve("gifts")
+        checkpoint.candidates("gifts")
 
 
 # Failures
@@ -232,7 +232,7 @@ def test_a_damaged_file_gets_one_line(saved, damage):
     header = b"\xff" * 8 + whole[8:]
     content = {"empty": b"", "text": b"hello" * 9, "truncated": whole[:-9], "header": header}
     path.write_bytes(content[damage])
-    one_line(path, "is not a complete safetensors file .*take an earlier checkpoint")
+    one_line(path, "is not a complete safetensors file")
 
 
 def test_a_foreign_file_gets_one_line(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -85,8 +86,9 @@ def test_help_of_a_preset_shows_every_field_with_its_default(capsys):
 
 def test_train_then_sample(tmp_path, capsys):
     train(tmp_path / "run")
-    names = sorted(f.name for f in (tmp_path / "run").iterdir())
-    assert names == ["last.safetensors", "samples-0000004.png"]
+    files = (f.name for f in (tmp_path / "run").iterdir())
+    names = sorted(name for name in files if "tfevents" not in name)
+    assert names == ["best.safetensors", "last.safetensors", "log.csv", "samples-0000004.png"]
     assert "step 4 of 4" in said(capsys)
     out = tmp_path / "deeper" / "s.png"
     main(["sample", str(tmp_path / "run"), "--n", "9", "--steps", "5", "--out", str(out)])
@@ -171,7 +173,7 @@ def test_a_full_disk_ends_with_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("minddpm.checkpoint.save_file", full)
     assert "could not be written ([Errno 28] No space left" in mistake(train, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [f.name for f in tmp_path.iterdir() if "tfevents" not in f.name] == ["log.csv"]
 
 
 def test_ctrl_c_outside_training_ends_with_one_line(tmp_path, monkeypatch):
@@ -250,6 +252,14 @@ OPTIONS = [
     "--steps 5 --eta 0.5",
     "--steps 5 --sampler ancestral",
     "--steps 5 --seed 1",
+    "--steps 5 --sampler heun",
+    "--steps 5 --sampler dpm-solver",
+    "--steps 5 --sampler reverse-diffusion",
+    "--steps 5 --sampler reverse-diffusion --eta 0",
+    "--steps 5 --sampler predictor-corrector",
+    "--steps 5 --grid log-snr",
+    "--steps 5 --grid karras",
+    "--steps 5 --frames 3",
 ]
 
 
@@ -269,14 +279,71 @@ def test_samples_are_those_of_the_module(model, tmp_path):
 
     from minddpm import checkpoint, viz
     from minddpm.samplers import ddim, sample, uniform_grid
+    from minddpm.train import stream
 
     draw(model, tmp_path / "a.png", "--steps 5 --seed 3")
-    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(stream(3, 0)))
     x = sample(checkpoint.load(model), x, uniform_grid(10, 5), ddim)
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     for k in range(4):
         tile = viz.grid(x[k : k + 1], scale=8)[..., 0]
         assert (picture[:64, 72 * k : 72 * k + 64] == tile).all()
+
+
+def test_choices_are_those_of_the_module():
+    from minddpm.cli import Sample
+    from minddpm.samplers import GRIDS, STEPS
+
+    for field, table in [("sampler", STEPS), ("grid", GRIDS)]:
+        assert set(get_args(Sample.__annotations__[field])) == set(table)
+
+
+def test_an_array_file_of_many_batches_can_be_trained_on(model, tmp_path):
+    from minddpm import data
+
+    flags = "--n 10 --steps 5 --batch 4"
+    draw(model, tmp_path / "a.npz", flags)
+    images = np.load(tmp_path / "a.npz")["images"]
+    assert (images.shape, images.dtype) == ((10, 8, 8, 1), np.uint8)
+    assert data.load(str(tmp_path / "a.npz")).pixels.shape == (10, 1, 8, 8)
+    draw(model, tmp_path / "b.npz", "--n 4 --steps 5 --batch 4")
+    assert (np.load(tmp_path / "b.npz")["images"] == images[:4]).all()
+    assert len({image.tobytes() for image in images}) == 10
+
+
+@pytest.mark.parametrize("suffix, frames", [("gif", 6), ("webp", 4)])
+def test_a_film_moves_from_noise_to_the_samples(model, tmp_path, suffix, frames):
+    flags = "--steps 5" + (f" --frames {frames}" if frames < 6 else "")
+    draw(model, tmp_path / f"a.{suffix}", flags)
+    with Image.open(tmp_path / f"a.{suffix}") as film:
+        assert (film.n_frames, film.format.lower()) == (frames, suffix)
+        film.seek(frames - 1)
+        last = np.asarray(film.convert("RGB")).astype(int)
+    draw(model, tmp_path / "a.png", "--steps 5")
+    still = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    assert last.shape == still.shape and np.abs(last - still).mean() < 8  # compression
+
+
+def test_a_strip_shows_a_row_for_each_sample(model, tmp_path):
+    draw(model, tmp_path / "a.png", "--steps 5 --frames 3")
+    strip = np.asarray(Image.open(tmp_path / "a.png"))
+    assert strip.shape == (4 * 72, 3 * 72)
+    draw(model, tmp_path / "b.png", "--steps 5")
+    assert (strip[:64, 144:208] == np.asarray(Image.open(tmp_path / "b.png"))[:64, :64]).all()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(model, tmp_path):
+    common = ["-m", "minddpm", "sample", model, "-n", "10", "--batch", "3", "--steps", "5"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    for name, start in [("one", []), ("two", [*launch, "--rdzv-endpoint=localhost:0"])]:
+        out = ["--device", "cpu", "--out", str(tmp_path / f"{name}.npz")]
+        command = [sys.executable, *start, *common, *out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("10 samples are in") == 1
+    one, two = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("one", "two"))
+    assert np.abs(one.astype(int) - two).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -287,10 +354,17 @@ def test_samples_are_those_of_the_module(model, tmp_path):
         ("--steps 0", r"the number of steps must lie in 1..T = 10, got 0"),
         ("--steps 5 --eta 1.5", r"eta must lie in \[0, 1\], got 1.5"),
         ("--steps 5 --eta nan", r"eta must lie in \[0, 1\], got nan"),
-        ("--steps 5 --eta 1 --sampler ancestral", "eta belongs to the sampler ddim"),
+        ("--steps 5 --eta 1 --sampler ancestral", "eta belongs to ddim and reverse-diffusion, not"),
+        ("--steps 5 --eta -1 --sampler reverse-diffusion", "eta must be 0 or more"),
+        ("--steps 5 --batch 0", "batch must be at least 1, got 0"),
+        ("--steps 5 --frames 7", r"frames must lie in 2..6 \(the stops of the path\), got 7"),
+        ("--steps 5 --frames 3 --out a.npz", "frames are for pictures"),
         ("--steps 5 --device toaster", "device 'toaster' cannot be used here"),
-        ("--steps 5 --out picture.jpg", "out must name a .png file, got 'picture.jpg'"),
-        ("--steps 5 --out {model}", "out must name a .png file"),
+        (
+            "--steps 5 --out picture.jpg",
+            "out must name a .png, .gif, .webp, .npz file, got 'picture.jpg'",
+        ),
+        ("--steps 5 --out {model}", "out must name a .png"),
         ("--steps 5 --out {model}/last.safetensors/a.png", "last.safetensors"),
     ],
 )

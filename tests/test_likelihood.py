@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from minddpm.likelihood import (
     bits_per_dim,
+    bound_estimate,
     bound_term,
     check_grid,
     decoder_log_likelihood,
@@ -293,3 +294,17 @@ def test_a_grid_may_be_any_sequence(grid):
 def test_half_precision_is_refused_for_likelihoods(dtype):
     with pytest.raises(TypeError, match="256 levels apart; use float32 or float64"):
         vlb_terms(ECHO, torch.ones(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("T", [1, 2, 40])
+def test_estimate_of_the_bound_is_unbiased(T):
+    """Its mean over many draws is that of the sum of all terms; within four standard errors."""
+    denoiser = gaussian([0.1, -0.2], [[0.3, 0.1], [0.1, 0.2]]).denoiser(cosine(T), "eps", "large")
+    x0 = LEVELS[[166, 64]][None]
+    many = x0.expand(6000, 2)
+    generator = torch.Generator().manual_seed(3)
+    whole = vlb_terms(denoiser, many[:2000], clip=False, generator=generator).sum(1)
+    estimate = bound_estimate(denoiser, many, clip=False, generator=generator)
+    error = (whole.var() / len(whole) + estimate.var() / len(estimate)).sqrt().item()
+    assert error < 0.2
+    assert_close(estimate.mean().item(), whole.mean().item(), rtol=0, atol=4 * error + 1e-9)

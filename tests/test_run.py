@@ -1,5 +1,6 @@
 """A run saves on the way, refuses what would spoil it, and never keeps weights that diverged."""
 
+import csv
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from minddpm import checkpoint
+from minddpm import checkpoint, data
 from minddpm import run as module
 from minddpm.config import Config, ModelConfig, TrainConfig
 from minddpm.run import Interrupt, Run, flatten, pick_device
@@ -24,8 +25,8 @@ CONFIG = Config(
 )
 
 
-def run(out, config=CONFIG, resume=False, device="cpu", save_every=100):
-    return Run(config, out, resume, device, "data", save_every)
+def run(out, config=CONFIG, resume=False, device="cpu", save_every=100, **options):
+    return Run(config, out, resume, device, "data", save_every, **options)
 
 
 def train_with(**changed):
@@ -43,17 +44,19 @@ def test_a_run_saves_on_the_way_and_at_its_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         module.checkpoint,
         "save_state",
-        lambda path, state, config, save=checkpoint.save_state, **facts: (
+        lambda path, state, *args, save=checkpoint.save_state, **facts: (
             saved.append(state.step),
-            save(path, state, config, **facts),
+            save(path, state, *args, **facts),
         ),
     )
     out = tmp_path / "a" / "run"
     run(out, save_every=4).go()
     assert saved == [4, 6]
-    names = sorted(f.name for f in out.iterdir())
-    assert names == ["last.safetensors", "samples-0000004.png", "samples-0000006.png"]
-    for name in names[1:]:
+    names = sorted(f.name for f in out.iterdir() if "tfevents" not in f.name)
+    pictures = ["samples-0000004.png", "samples-0000006.png"]
+    whole = ["best.safetensors", "last.safetensors"]
+    assert names == [*whole, "log.csv", *pictures, "step-0000004.safetensors"]
+    for name in pictures:
         picture = np.asarray(Image.open(out / name))
         assert picture.shape == (8 * 72, 8 * 72)  # 8 x 8 tiles of 8 + 1 pixels, each 8 wide
     said = capsys.readouterr().out
@@ -135,10 +138,68 @@ def test_a_corrupt_checkpoint_is_not_resumed(tmp_path):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("save_every", [0, -3])
-def test_save_every_must_be_positive(tmp_path, save_every):
-    with pytest.raises(ValueError, match=f"save_every must be 1 or more, got {save_every}"):
-        run(tmp_path, save_every=save_every)
+def test_the_last_checkpoints_stay_and_a_damaged_one_gives_way_to_the_one_before(tmp_path):
+    run(tmp_path, train_with(steps=9), save_every=2, keep=3).go()
+    names = sorted(f.name for f in tmp_path.glob("*.safetensors"))
+    kept = ["step-0000006.safetensors", "step-0000008.safetensors"]
+    assert names == ["best.safetensors", "last.safetensors", *kept]
+    file = tmp_path / "last.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"not a complete .*: step-0000008.safetensors is taken"):
+        again = run(tmp_path, train_with(steps=9), resume=True)
+    assert again.state.step == 8
+    again.go()
+    run(tmp_path / "whole", train_with(steps=9)).go()
+    assert_same_tensors(tmp_path, tmp_path / "whole")
+
+
+def test_best_is_the_average_with_the_lowest_loss_on_the_fixed_images(tmp_path):
+    """Too large a learning rate: the loss rises again, and the best stays what it was."""
+    run(tmp_path, train_with(steps=12, learning_rate=0.3), save_every=2).go()
+    rows = log_of(tmp_path)
+    losses = {int(r["step"]): float(r["fixed_loss"]) for r in rows if r["fixed_loss"]}
+    assert list(losses) == [2, 4, 6, 8, 10, 12]
+    best = min(losses, key=losses.get)
+    assert best < 12
+    _, _, facts = checkpoint.read(tmp_path / "best.safetensors")
+    assert facts["step"] == best
+    assert_close(facts["best"], losses[best], rtol=1e-5, atol=0)
+    denoiser = checkpoint.load(tmp_path / "best.safetensors")
+    fixed = data.to_model(data.load("digits", "test").pixels)
+    assert_close(module.watch(denoiser, fixed)["fixed_loss"], losses[best], rtol=1e-4, atol=0)
+
+
+def log_of(folder):
+    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_log_of_a_resumed_run_is_that_of_a_whole_one(tmp_path):
+    run(tmp_path / "a", train_with(steps=45), save_every=15).go()
+    run(tmp_path / "b", train_with(steps=30), save_every=15).go()
+    run(tmp_path / "b", train_with(steps=45), save_every=15, resume=True).go()
+    timed = ("seconds", "images_per_second")
+    a, b = ([{k: r[k] for k in r if k not in timed} for r in log_of(tmp_path / x)] for x in "ab")
+    assert [r["step"] for r in a] == ["15", "20", "30", "40", "45", "45"]
+    assert [r for r in b if r in a] == [r for r in a if r in b] and len(b) == 7
+    assert {r["step"]: r for r in b}["45"] == a[-1]
+
+
+def test_accumulation_trains_on_the_same_batch(tmp_path):
+    plain = replace(CONFIG.model, dropout=0.0)
+    for name, accumulate in [("a", 1), ("b", 4)]:
+        run(tmp_path / name, replace(train_with(accumulate=accumulate), model=plain)).go()
+    a, b = (load_file(tmp_path / x / "last.safetensors") for x in "ab")
+    for name in a:
+        if name.startswith("net."):
+            assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["save_every", "keep"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_save_every_and_keep_must_be_positive(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got {value}"):
+        run(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -173,9 +234,9 @@ def loss_that_breaks_at(step, value, monkeypatch):
     """Let the loss be as it is up to update `step`, then times `value`."""
     calls, real = [], module.simple_loss
 
-    def loss(denoiser, x):
+    def loss(denoiser, *batch):
         calls.append(None)
-        return real(denoiser, x) * (value if len(calls) >= step else 1)
+        return real(denoiser, *batch) * (value if len(calls) >= step else 1)
 
     monkeypatch.setattr(module, "simple_loss", loss)
 
@@ -197,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_reported_without_a_save(tmp_path, monkeypa
     loss_that_breaks_at(1, float("nan"), monkeypatch)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 20"):
         run(tmp_path, train_with(steps=30)).go()
-    assert not list(tmp_path.iterdir())
+    assert not [f for f in tmp_path.iterdir() if f.suffix in (".safetensors", ".png")]
 
 
 # Progress and Ctrl-C
@@ -236,11 +297,11 @@ def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path, monkey
     real = module.simple_loss
     calls = []
 
-    def loss(denoiser, x):
+    def loss(denoiser, *batch):
         calls.append(None)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)  # in the midst of update 3
-        return real(denoiser, x)
+        return real(denoiser, *batch)
 
     monkeypatch.setattr(module, "simple_loss", loss)
     argv = ["/x/minddpm", "train", "digits", "--out", "a folder", "--resume", "--no-resume"]

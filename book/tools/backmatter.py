@@ -6,6 +6,8 @@
 A sentence of the book carries its support as a comment, `<!-- claim: measured NAME -->`,
 `proved LABEL` or `cited KEY, place`; an equation names its source,
 `<!-- equation: DDPM eq. 7 -->`; a docstring ends with its tag, `(DDPM eq. 7)`.
+In corrections.md a term is an error in circulation, and its definition carries the support of
+what is true; there `measured 03:NAME` names a cell of chapter 03.
 CONTRIBUTING.md has the rules.
 """
 
@@ -69,19 +71,25 @@ def claims(page: Page) -> list[Claim]:
     found = []
     for kind, source in page.cells:
         for block in blocks(source) if kind == "markdown" else []:
+            term, _, text = block.rpartition("\n: ")
             begin = 0
-            for match in CLAIM.finditer(block):
-                sentence = last_sentence(block[begin : match.start()])
+            for match in CLAIM.finditer(text):
+                said = plain(text[begin : match.start()])
+                sentence = f"{term}: {said}" if term else last_sentence(said)
                 found.append(Claim(page, sentence, match[1], match[2]))
                 begin = match.end()
     return found
 
 
-def last_sentence(text: str) -> str:
-    """The last sentence of a passage, on one line, without list marks or an equation's label."""
+def plain(text: str) -> str:
+    """A passage on one line, without list marks or an equation's label."""
     text = re.sub(r"<!--.*?-->|^\s*(?:[-*]|\d+\.) |<[^>]+>", " ", text, flags=re.S)
-    text = re.sub(r"\$\$(.+?)\$\$(?:\s*\([\w-]+\))?", r"$\1$", " ".join(text.split()))
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z$\[`\"*])", text.strip())[-1]
+    return re.sub(r"\$\$(.+?)\$\$(?:\s*\([\w-]+\))?", r"$\1$", " ".join(text.split())).strip()
+
+
+def last_sentence(text: str) -> str:
+    """The last sentence of a passage."""
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z$\[`\"*])", text)[-1]
 
 
 @cache
@@ -98,6 +106,13 @@ def keys() -> set[str]:
     return set(re.findall(r"^@\w+\{([^,\s]+),", text, re.M))
 
 
+def home(claim: Claim) -> Page | None:
+    """The page with the cell that measures a claim: its own, or chapter 03's for `03:NAME`."""
+    chapter, colon, _ = claim.support.partition(":")
+    starts = f"notebooks/{chapter}-" if colon else claim.page.path
+    return next((p for p in (claim.page, *pages()) if p.path.startswith(starts)), None)
+
+
 def anchor(claim: Claim) -> str | None:
     """A link target for what supports a claim; None where there is no such thing."""
     if claim.status == "cited":
@@ -105,9 +120,11 @@ def anchor(claim: Claim) -> str | None:
         return f"#{key}" if key in keys() and "," in claim.support else None
     if claim.status == "proved":
         return f"#{claim.support}" if claim.support in labels() else None
-    place = Path("..", claim.page.path).as_posix()
-    mark = re.compile(rf"# claim: .*(?<![\w-]){re.escape(claim.support)}(?![\w-])")
-    for kind, source in claim.page.cells:
+    if (page := home(claim)) is None:
+        return None
+    place, name = Path("..", page.path).as_posix(), claim.support.split(":")[-1]
+    mark = re.compile(rf"# claim: .*(?<![\w-]){re.escape(name)}(?![\w-])")
+    for kind, source in page.cells:
         if kind == "markdown" and (found := re.findall(r"^\((sec-[\w-]+)\)=", source, re.M)):
             place = f"#{found[-1]}"
         if kind == "code" and mark.search(source):
@@ -125,7 +142,7 @@ def unmarked(page: Page) -> list[str]:
             if section in ("Exercises", "References") or section.startswith("Exercise "):
                 continue
             bullet = section in ("What we saw", "In practice") and re.match(r"\s*[-*] ", block)
-            if bullet and not CLAIM.search(block):
+            if (bullet or "\n: " in block) and not CLAIM.search(block):
                 found.append(" ".join(block.split()))
             found += [s for s in bare(block) if NUMBER.search(s)]
     return found
@@ -139,8 +156,9 @@ def blocks(source: str) -> list[str]:
 
 
 def bare(block: str) -> list[str]:
-    """The sentences of a block that no mark follows, without formulas, code and links' targets."""
-    text = re.sub(r"<!-- equation: .*?-->|`[^`]*`|\$[^$]*\$|(?<=\])\([^)]*\)", "", block)
+    """Its sentences that no mark follows, without formulas, code, terms and citations."""
+    kept = re.sub(r"^.*\n: |\[[^]]*\]\(#[a-z]+\d{4}\w*\)|<!-- equation: .*?-->", "", block)
+    text = re.sub(r"`[^`]*`|\$[^$]*\$|(?<=\])\([^)]*\)", "", kept)
     text = re.sub(
         r"[^.!?]*(?:\d\.\d[^.!?]*)*[.!?:;]?[)\s*]*" + CLAIM.pattern, "", " ".join(text.split())
     )

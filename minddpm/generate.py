@@ -1,0 +1,93 @@
+"""Samples by the thousand, and the files to keep them in."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minddpm import processes, viz
+from minddpm.data import to_uint8
+from minddpm.prediction import Denoiser
+from minddpm.samplers import sample, sample_path
+from minddpm.train import stream
+
+SUFFIXES = (".png", ".gif", ".webp", ".npz")
+
+
+def start(denoiser: Denoiser, n: int, seed: int, i: int) -> tuple[Tensor, torch.Generator]:
+    """Batch i of the noise that `seed` stands for, (n, C, H, W), and the generator it came from."""
+    device = next(denoiser.net.parameters()).device
+    generator = torch.Generator(device).manual_seed(stream(seed, i))
+    return torch.randn(n, *denoiser.net.shape, generator=generator, device=device), generator
+
+
+def batches(
+    denoiser: Denoiser, n: int, grid: list[int], step, *, seed=0, batch=256, **options
+) -> Iterator[Tensor]:
+    """This process's share of n samples, batch by batch: (B, C, H, W) uint8 on the CPU.
+
+    Batch i depends on the seed, the batch size and i alone: however many processes work, the
+    samples are the same.
+    """
+    rank, world = processes.place()
+    sizes = [min(batch, n - first) for first in range(0, n, batch)]
+    mine = range(rank, len(sizes), world)
+    silent = {"disable": True} if rank or len(mine) < 2 else {}
+    for i in tqdm(mine, unit="batch", **silent):
+        x, generator = start(denoiser, sizes[i], seed, i)
+        x = sample(denoiser, x, grid, step, generator=generator, **options)
+        yield to_uint8(x).cpu()
+
+
+def samples(denoiser: Denoiser, n: int, grid: list[int], step, **options) -> Tensor | None:
+    """n samples (n, C, H, W) uint8 on the CPU, in the order of their batches; None but at rank 0.
+
+    options: those of `batches` and of the step.
+    """
+    shares = processes.gather(list(batches(denoiser, n, grid, step, **options)))
+    if not shares:
+        return None
+    world = len(shares)
+    ordered = [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+    return torch.cat(ordered)
+
+
+def path(denoiser: Denoiser, n: int, grid: list[int], step, frames: int, *, seed=0, **options):
+    """`frames` stops of the way of n samples: (their times, x_t (frames, n, C, H, W) uint8)."""
+    if not 2 <= frames <= len(grid):
+        raise ValueError(f"frames must lie in 2..{len(grid)} (the stops of the path), got {frames}")
+    x, generator = start(denoiser, n, seed, 0)
+    stops = sample_path(denoiser, x, grid, step, generator=generator, **options)
+    pictures = [(grid[0], x), *((stop.t, stop.x) for stop in stops)]
+    chosen = [pictures[round(i)] for i in np.linspace(0, len(grid) - 1, frames)]
+    return [t for t, _ in chosen], torch.stack([to_uint8(x).cpu() for _, x in chosen])
+
+
+def write(out: Path, pixels: Tensor) -> None:
+    """Images (N, C, H, W) uint8 as a .png sheet or an .npz of `images` (N, H, W, C); or, of stops
+    (K, N, C, H, W), a .png with a row an image, a .gif or a .webp that moves."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    suffix = out.suffix.lower()
+    if suffix == ".npz":
+        np.savez_compressed(out, images=pixels.permute(0, 2, 3, 1).numpy())
+    elif pixels.ndim == 4:
+        out.write_bytes(viz.sheet(pixels))
+    elif suffix == ".png":
+        out.write_bytes(viz.sheet(pixels.transpose(0, 1).flatten(0, 1), columns=len(pixels)))
+    else:
+        out.write_bytes(animation([viz.sheet(frame) for frame in pixels], suffix[1:]))
+
+
+def animation(frames: list[bytes], kind: str) -> bytes:
+    """PNG files as one that moves, over and over, and rests at its end: gif or webp."""
+    from PIL import Image
+
+    first, *rest = (Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames)
+    pause = [80] * len(rest) + [2000]  # milliseconds
+    file = io.BytesIO()
+    first.save(file, kind, save_all=True, append_images=rest, duration=pause, loop=0, quality=90)
+    return file.getvalue()
