@@ -1,7 +1,7 @@
 """Train diffusion models and draw samples from them."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,13 +45,9 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Draw samples and write them as one picture."""
+class Sampling:
+    """How samples are drawn."""
 
-    model: Annotated[str, tyro.conf.Positional] = "digits"
-    """A checkpoint file, a run's folder, or the name of shipped weights."""
-    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
-    """Number of samples."""
     sampler: Literal[
         "ddim", "ancestral", "heun", "dpm-solver", "reverse-diffusion", "predictor-corrector"
     ] = "ddim"
@@ -66,6 +62,33 @@ class Sample:
     """The same seed gives the same samples."""
     batch: int = 256
     """Samples at a time."""
+
+    def work(self, denoiser, n: int) -> tuple:
+        """The arguments of `generate.samples`: (denoiser, n, grid, step) and options."""
+        from minddpm.samplers import GRIDS, STEPS
+
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.eta is not None and self.sampler not in ("ddim", "reverse-diffusion"):
+            raise ValueError(f"eta belongs to ddim and reverse-diffusion, not to {self.sampler}")
+        grid = GRIDS[self.grid](denoiser.schedule, self.steps)
+        options = {"seed": self.seed} | ({} if self.eta is None else {"eta": self.eta})
+        return (denoiser, n, grid, STEPS[self.sampler]), options
+
+    def __str__(self) -> str:
+        eta = "" if self.eta is None else f", eta {self.eta:g}"
+        return f"{self.sampler}, {self.steps} steps, {self.grid} grid{eta}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples and write them as one picture."""
+
+    model: Annotated[str, tyro.conf.Positional] = "digits"
+    """A checkpoint file, a run's folder, or the name of shipped weights."""
+    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
+    """Number of samples."""
+    sampling: Sampling = field(default_factory=Sampling)
     frames: int = 0
     """Stops on the way to show: a strip in a .png; a .gif or .webp has 25 unless told."""
     device: str = "auto"
@@ -76,22 +99,19 @@ class Sample:
     def __call__(self) -> None:
         from minddpm import checkpoint, generate, processes
         from minddpm.run import pick_device
-        from minddpm.samplers import GRIDS, STEPS
 
         self._check(generate.SUFFIXES)
         try:
             device = processes.join(pick_device(self.device))
             denoiser = checkpoint.load(self.model, device)
-            grid = GRIDS[self.grid](denoiser.schedule, self.steps)
-            work = denoiser, self.n, grid, STEPS[self.sampler]
-            options = {"seed": self.seed} | ({} if self.eta is None else {"eta": self.eta})
+            work, options = self.sampling.work(denoiser, self.n)
             frames = self.frames
             if self.out.suffix.lower() in (".gif", ".webp"):
-                frames = frames or min(25, len(grid))
+                frames = frames or min(25, len(work[2]))
             if frames:
                 _, pixels = generate.path(*work, frames, **options)
             else:
-                pixels = generate.samples(*work, batch=self.batch, **options)
+                pixels = generate.samples(*work, batch=self.sampling.batch, **options)
             if processes.place()[0] == 0:
                 generate.write(self.out, pixels)
                 print(f"{self.n} samples are in {self.out}")
@@ -99,15 +119,64 @@ class Sample:
             processes.leave()
 
     def _check(self, suffixes: tuple[str, ...]) -> None:
-        for name in ("n", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.eta is not None and self.sampler not in ("ddim", "reverse-diffusion"):
-            raise ValueError(f"eta belongs to ddim and reverse-diffusion, not to {self.sampler}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
         if self.out.suffix.lower() not in suffixes or self.out.is_dir():
             raise ValueError(f"out must name a {', '.join(suffixes)} file, got {str(self.out)!r}")
         if self.frames and self.out.suffix.lower() == ".npz":
             raise ValueError("frames are for pictures: choose a .png, .gif or .webp, or no frames")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model: the distance of its samples from data, and its bits per dimension."""
+
+    model: Annotated[str, tyro.conf.Positional] = "digits"
+    """A checkpoint file, a run's folder, or the name of shipped or published weights."""
+    data: str = "cifar10"
+    """What to compare with: a data set, an .npz file or a folder."""
+    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 50_000
+    """Number of samples; 0 for none. An FID is comparable only with 50,000."""
+    sampling: Sampling = field(default_factory=Sampling)
+    features: Literal["inception", "classifier"] = "inception"
+    """Where to measure: the reference Inception, downloaded (FID), or a classifier trained here."""
+    bits: int = 0
+    """Number of held-out images whose bits per dimension to bound, by T network calls each."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto for the best one here."""
+    root: str = "data"
+    """Where downloaded data sets and the classifier are kept."""
+
+    def __call__(self) -> None:
+        from minddpm import checkpoint, data, generate, metrics, processes
+        from minddpm.run import pick_device
+
+        if self.n == 1 or min(self.n, self.bits) < 0 or not (self.n or self.bits):
+            raise ValueError("ask for two or more samples (-n), or for --bits of one image or more")
+        try:
+            device = processes.join(pick_device(self.device))
+            denoiser = checkpoint.load(self.model, device)
+            size = denoiser.net.shape[1]
+            train = data.load(self.data, "train", self.root, size)
+            if self.n:
+                work, options = self.sampling.work(denoiser, self.n)
+                fake = generate.samples(*work, batch=self.sampling.batch, **options)
+            if processes.place()[0]:
+                return
+            if self.n:
+                print(f"{self.n:,} samples of {self.model} ({self.sampling})")
+                print(f"against the {len(train.pixels):,} training images of {self.data}:")
+                for line in metrics.report(
+                    self.features, train, fake, self.data, self.root, device
+                ):
+                    print(line)
+            if self.bits:
+                test = data.load(self.data, "test", self.root, size).pixels[: self.bits]
+                mean, error = metrics.bits(denoiser, test)
+                kind = "held-out images" if self.data in data.NAMED else "images"
+                print(f"bits/dim <= {mean:.3f} +- {error:.3f}: the bound on {len(test):,} {kind}")
+        finally:
+            processes.leave()
 
 
 @dataclass(frozen=True)
@@ -136,6 +205,7 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(
         Annotated[trains, tyro.conf.subcommand("train", description=Train.__doc__)]
         | Annotated[Sample, tyro.conf.subcommand("sample", description=Sample.__doc__)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
         | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)],
         prog="minddpm",
         description=__doc__,

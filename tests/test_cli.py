@@ -291,11 +291,11 @@ def test_samples_are_those_of_the_module(model, tmp_path):
 
 
 def test_choices_are_those_of_the_module():
-    from minddpm.cli import Sample
+    from minddpm.cli import Sampling
     from minddpm.samplers import GRIDS, STEPS
 
     for field, table in [("sampler", STEPS), ("grid", GRIDS)]:
-        assert set(get_args(Sample.__annotations__[field])) == set(table)
+        assert set(get_args(Sampling.__annotations__[field])) == set(table)
 
 
 def test_an_array_file_of_many_batches_can_be_trained_on(model, tmp_path):

@@ -24,7 +24,7 @@ RANKS = [
     ["nets.mlp", "process", "viz", "train"],
     ["nets.__init__", "prediction"],
     ["likelihood", "oracle", "published"],
-    ["losses", "samplers", "checkpoint"],
+    ["losses", "samplers", "checkpoint", "metrics"],
     ["run", "generate"],
     ["cli"],
     ["__main__"],
@@ -167,7 +167,7 @@ def test_module_is_short_enough_to_read():
             bool(row.strip()) for row in path.read_text(encoding="utf-8").splitlines()
         )
     assert sum(lines[name] for name in CORE) <= 1000
-    assert sum(lines.values()) <= 2600
+    assert sum(lines.values()) <= 3000
 
 
 IMPORT_ALL = """

@@ -1,0 +1,171 @@
+"""Distances between sets of images, against closed forms and scipy; the evaluate command."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import nn
+from torch.testing import assert_close
+
+from minddpm import checkpoint, data, metrics
+from minddpm.cli import main
+from minddpm.likelihood import vlb_terms
+from minddpm.oracle import finite
+from minddpm.schedule import cosine
+
+
+class Pixels(nn.Module):
+    """The first six pixels of an image, as they are."""
+
+    num_features = 6
+
+    def forward(self, pixels):
+        return pixels.flatten(1)[:, :6].float()
+
+
+def images(n, seed=0, low=0, high=256, channels=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def test_frechet_is_the_formula():
+    a, b = images(400), images(300, 1, 50, 200)
+    x, y = (Pixels()(z).double().numpy() for z in (a, b))
+    c, d = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c + d - 2 * sqrtm(c @ d).real)
+    assert_close(metrics.frechet(a, b, Pixels(), batch=77), expected, rtol=1e-4, atol=1e-4)
+    assert abs(metrics.frechet(a, a, Pixels())) < 1e-3
+    assert metrics.frechet(a, b, Pixels()) > 100
+
+
+def test_grey_images_are_measured_as_colour_images():
+    grey = images(50)
+    colour = grey.expand(-1, 3, -1, -1)
+    a = metrics.frechet(grey, images(50, 1), Pixels())
+    b = metrics.frechet(colour, images(50, 1).expand(-1, 3, -1, -1), Pixels())
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("real", "fake", "message"),
+    [
+        (images(5), images(1), r"two or more images .* got torch.uint8 of shape \(1, 1, 8, 8\)"),
+        (images(5), images(5).float(), "uint8, got torch.float32"),
+        (images(5), images(5, channels=3), r"shapes \(1, 8, 8\) and \(3, 8, 8\) do not compare"),
+    ],
+)
+def test_sets_that_do_not_compare_are_refused(real, fake, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.frechet(real, fake, Pixels())
+
+
+def test_bits_are_the_sum_of_the_bound_and_their_error_is_its_deviation():
+    digits = data.load("digits")
+    denoiser = finite(data.to_model(digits.pixels)).denoiser(cosine(20), "eps", "large")
+    denoiser.net = Callable(denoiser.net)
+    mean, error = metrics.bits(denoiser, digits.pixels[:40], batch=40, seed=3)
+    x0 = data.to_model(digits.pixels[:40])
+    total = vlb_terms(denoiser, x0, generator=torch.Generator().manual_seed(3)).sum(1)
+    assert_close(mean, total.mean().item(), rtol=1e-6, atol=0)
+    assert_close(error, (total.std() / 40**0.5).item(), rtol=1e-5, atol=0)
+    again, _ = metrics.bits(denoiser, digits.pixels[:40], batch=7)
+    assert abs(again - mean) < 4 * error
+
+
+class Callable(nn.Module):
+    """A function as a module with a weight, as a network has."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t):
+        return self.function(x, t)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    digits = data.load("digits")
+    metrics.classifier("digits", digits, str(root), "cpu", steps=150, batch=64)
+    return root
+
+
+def test_classifier_learns_and_is_kept(judge):
+    digits, test = data.load("digits"), data.load("digits", "test")
+    net = metrics.classifier("digits", digits, str(judge), "cpu")  # from its file, not trained
+    assert metrics.accuracy(net, test) > 0.8
+    assert net(digits.pixels[:3]).shape == (3, 256) and not net.training
+    with pytest.raises(ValueError, match="needs labels"):
+        metrics.train_classifier(data.Images(digits.pixels, None))
+
+
+def test_its_distance_tells_digits_from_noise_and_from_one_digit(judge):
+    digits = data.load("digits")
+    net = metrics.classifier("digits", digits, str(judge), "cpu")
+    one, other = digits.pixels[::2], digits.pixels[1::2]
+    floor = metrics.frechet(one, other, net)
+    noise = metrics.frechet(one, images(800, high=256), net)
+    zeros = metrics.frechet(one, digits.pixels[digits.labels == 0], net)
+    assert noise > 20 * floor and zeros > 20 * floor
+
+
+def test_evaluate_prints_figures_and_protocol(judge, capsys):
+    common = ["evaluate", "digits", "--data", "digits", "--device", "cpu", "--root", str(judge)]
+    main([*common, "-n", "200", "--features", "classifier", "--steps", "10", "--eta", "0.5"])
+    said = capsys.readouterr().out
+    assert "200 samples of digits (ddim, 10 steps, uniform grid, eta 0.5, seed 0)" in said
+    assert "against the 1,438 training images of digits:" in said
+    distance, floor = map(
+        float, re.search(r"Fréchet distance ([\d.]+) \(real against real ([\d.]+)\)", said).groups()
+    )
+    assert 0 < floor < distance
+
+
+def test_evaluate_prints_an_fid_where_the_inception_is_there(judge, capsys, monkeypatch):
+    """The Inception itself is a download; here another network stands in its place."""
+    real = metrics.frechet
+    monkeypatch.setattr(
+        metrics, "frechet", lambda a, b, kind: real(a, b, Pixels()) if kind == 2048 else None
+    )
+    monkeypatch.setattr(metrics, "inception_score", lambda fake: (2.5, 0.25))
+    main(["evaluate", "digits", "--data", "digits", "-n", "50", "--steps", "5", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert re.search(r"FID \d+\.\d\d, Inception score 2\.50 \+- 0\.25", said)
+
+
+def test_evaluate_bounds_the_bits_of_held_out_images(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "bits", lambda denoiser, test: (4.321, len(test) / 1000))
+    main(["evaluate", "digits", "--data", "digits", "-n", "0", "--bits", "30", "--device", "cpu"])
+    assert "bits/dim <= 4.321 +- 0.030: the bound on 30 held-out images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("-n 0", "ask for two or more samples"),
+        ("-n 1", "ask for two or more samples"),
+        ("-n 5 --bits -1", "ask for two or more samples"),
+        ("-n 5 --steps 0", "the number of steps must lie in 1..T"),
+        ("-n 5 --data nothing", "no data set or file 'nothing'"),
+    ],
+)
+def test_evaluation_that_cannot_be_gets_one_line(flags, message):
+    command = ["evaluate", "digits", "--data", "digits", "--device", "cpu", *flags.split()]
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(command)
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_digits_are_nearer_to_digits_than_half_trained_ones_would_be(judge):
+    """The distance falls as samples get better: 2 steps, 5 steps, 50 steps."""
+    from minddpm import generate
+    from minddpm.samplers import ddim, uniform_grid
+
+    digits, denoiser = data.load("digits"), checkpoint.load("digits")
+    net = metrics.classifier("digits", digits, str(judge), "cpu")
+    fakes = [generate.samples(denoiser, 400, uniform_grid(1000, k), ddim) for k in (1, 3, 25)]
+    distances = [metrics.frechet(digits.pixels, fake, net) for fake in fakes]
+    assert distances[0] > 2 * distances[1] > 2 * distances[2]
