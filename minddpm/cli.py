@@ -150,6 +150,7 @@ class Evaluate:
     def __call__(self) -> None:
         from minddpm import checkpoint, data, generate, metrics, processes
         from minddpm.run import pick_device
+        from minddpm.samplers import log_snr_grid
 
         if self.n == 1 or min(self.n, self.bits) < 0 or not (self.n or self.bits):
             raise ValueError("ask for two or more samples (-n), or for --bits of one image or more")
@@ -172,9 +173,12 @@ class Evaluate:
                     print(line)
             if self.bits:
                 test = data.load(self.data, "test", self.root, size).pixels[: self.bits]
-                mean, error = metrics.bits(denoiser, test)
                 kind = "held-out images" if self.data in data.NAMED else "images"
-                print(f"bits/dim <= {mean:.3f} +- {error:.3f}: the bound on {len(test):,} {kind}")
+                print(f"bits per dimension, at most, of {len(test):,} {kind} of {self.data}:")
+                flow = log_snr_grid(denoiser.schedule, min(100, denoiser.schedule.T))[:-1]
+                for name, grid in [("variational bound", None), ("probability flow", flow)]:
+                    mean, error = metrics.bits(denoiser, test, grid)
+                    print(f"{mean:.3f} +- {error:.3f} by the {name}")
         finally:
             processes.leave()
 

@@ -16,6 +16,8 @@ from minddpm.likelihood import (
     check_grid,
     decoder_log_likelihood,
     normal_kl,
+    ode_bits,
+    ode_log_density,
     prior_term,
     vlb_terms,
 )
@@ -308,3 +310,75 @@ def test_estimate_of_the_bound_is_unbiased(T):
     error = (whole.var() / len(whole) + estimate.var() / len(estimate)).sqrt().item()
     assert error < 0.2
     assert_close(estimate.mean().item(), whole.mean().item(), rtol=0, atol=4 * error + 1e-9)
+
+
+# The ODE's likelihood
+
+FLOW_COV = torch.tensor([[0.3, 0.1], [0.1, 0.05]], dtype=torch.float64)
+FLOW_MEAN = torch.tensor([0.1, -0.2], dtype=torch.float64)
+
+
+def pulled_back(schedule, x, t):
+    """log p_t of the exact flow of that Gaussian that ends in N(0, I) at T, in closed form."""
+    (a, b), (c, d) = schedule.at(t), schedule.at(schedule.T)
+    values, axes = torch.linalg.eigh(FLOW_COV)
+    early, late = a**2 * values + b**2, c**2 * values + d**2
+    scale = (late / early).sqrt()
+    end = (x - a * FLOW_MEAN) @ axes * scale + c * FLOW_MEAN @ axes
+    return (-0.5 * (end**2 + math.log(2 * math.pi)) + scale.log()).sum(1)
+
+
+@pytest.mark.parametrize("schedule", [linear(1000), cosine(1000)], ids=["linear", "cosine"])
+def test_density_of_the_ode_is_that_of_the_flow_and_converges_with_order_2(schedule):
+    denoiser = gaussian(FLOW_MEAN, FLOW_COV).denoiser(schedule)
+    t = 20
+    x, errors = torch.tensor([[0.4, -0.1], [-0.9, 0.3], [0.0, 0.0]], dtype=torch.float64), []
+    expected = pulled_back(schedule, x, t)
+    for n in (20, 40):
+        grid = [round(t + (1000 - t) * k / n) for k in range(n, -1, -1)]
+        errors.append(
+            (ode_log_density(denoiser, x, grid, exact=True) - expected).abs().max().item()
+        )
+    assert errors[1] < errors[0] / 3 or errors[1] < 1e-3
+    full = ode_log_density(denoiser, x, range(1000, t - 1, -1), exact=True)
+    assert_close(full, expected, rtol=2e-4, atol=1e-3)
+
+
+def test_estimate_along_random_directions_is_unbiased():
+    denoiser, grid = gaussian(FLOW_MEAN, FLOW_COV).denoiser(linear(1000)), range(1000, 0, -50)
+    x = torch.tensor([[0.4, -0.1]], dtype=torch.float64)
+    exact = ode_log_density(denoiser, x, grid, exact=True)
+    generator = torch.Generator().manual_seed(0)
+    many = ode_log_density(denoiser, x.expand(4000, 2), grid, generator=generator)
+    assert many.std() > 0.01
+    assert_close(many.mean().item(), exact.item(), rtol=0, atol=4 * many.std().item() / 4000**0.5)
+
+
+def test_bits_of_the_ode_are_decoder_density_and_noise():
+    denoiser, schedule = gaussian(FLOW_MEAN, FLOW_COV).denoiser(linear(1000)), linear(1000)
+    x0 = LEVELS[torch.tensor([[160, 90], [100, 110]])]
+    bits = ode_bits(denoiser, x0, range(1000, 0, -1), True, torch.Generator().manual_seed(4))
+    eps = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    signal, noise = schedule.at(1)
+    x1 = signal * x0 + noise * eps
+    decoder = bound_term(denoiser, x0, x1, 1, 0, denoiser(x1, 1, clip=True))
+    log_q = Normal(signal * x0, noise).log_prob(x1).sum(1)
+    expected = decoder + (log_q - pulled_back(schedule, x1, 1)) / (2 * math.log(2))
+    assert_close(bits, expected, rtol=0, atol=2e-3)
+
+
+def test_bits_of_the_ode_are_fewer_than_the_bound_says():
+    """The chain pays for every step; the flow does not. Both bound the same data from above."""
+    schedule = cosine(50)
+    denoiser = gaussian(FLOW_MEAN, FLOW_COV).denoiser(schedule, "eps", "small")
+    values = (
+        gaussian(FLOW_MEAN, FLOW_COV).sample(3000, torch.Generator().manual_seed(1)).clamp(-1, 1)
+    )
+    x0 = ((values + 1) * 127.5).round() / 127.5 - 1
+    generator = torch.Generator().manual_seed(2)
+    chain = vlb_terms(denoiser, x0, clip=False, generator=generator).sum(1)
+    flow = ode_bits(denoiser, x0, range(50, 0, -1), True, generator)
+    error = (chain - flow).std() / len(x0) ** 0.5
+    assert (chain - flow).mean() > 4 * error
+    entropy = bits_per_dim(gaussian(FLOW_MEAN, FLOW_COV).log_prob(x0), 2).mean()
+    assert flow.mean() > entropy - 4 * error

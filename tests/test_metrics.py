@@ -137,9 +137,28 @@ def test_evaluate_prints_an_fid_where_the_inception_is_there(judge, capsys, monk
 
 
 def test_evaluate_bounds_the_bits_of_held_out_images(capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "bits", lambda denoiser, test: (4.321, len(test) / 1000))
+    asked = []
+
+    def bits(denoiser, test, grid):
+        asked.append(grid)
+        return 4.321, len(test) / 1000
+
+    monkeypatch.setattr(metrics, "bits", bits)
     main(["evaluate", "digits", "--data", "digits", "-n", "0", "--bits", "30", "--device", "cpu"])
-    assert "bits/dim <= 4.321 +- 0.030: the bound on 30 held-out images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "at most, of 30 held-out images of digits:" in said
+    assert "4.321 +- 0.030 by the variational bound\n4.321 +- 0.030 by the probability" in said
+    assert asked[0] is None and (asked[1][0], asked[1][-1], len(asked[1])) == (1000, 1, 100)
+
+
+def test_bits_by_the_flow_are_those_of_its_density():
+    from minddpm.likelihood import ode_bits
+
+    digits = data.load("digits", "test").pixels[:6]
+    denoiser, grid = checkpoint.load("digits"), [1000, 800, 400, 100, 10, 1]
+    mean, _ = metrics.bits(denoiser, digits, grid, batch=6, seed=2)
+    rng = torch.Generator().manual_seed(2)
+    assert_close(mean, ode_bits(denoiser, data.to_model(digits), grid, generator=rng).mean().item())
 
 
 @pytest.mark.parametrize(
