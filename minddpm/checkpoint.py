@@ -161,6 +161,8 @@ def export(source: str | Path, out: str | Path) -> None:
     """
     if Path(out).suffix not in ("", ".safetensors"):
         raise ValueError(f"out must name a .safetensors file or a folder, got {str(out)!r}")
+    if Path(out).exists():
+        raise ValueError(f"{out} exists: choose another name")
     tensors, config, facts = read(source)
     if not Path(out).suffix:
         to_diffusers(averaged(tensors, config, facts, source).net, config.model, out)

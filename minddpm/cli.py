@@ -105,6 +105,7 @@ class Sample:
             device = processes.join(pick_device(self.device))
             denoiser = checkpoint.load(self.model, device)
             work, options = self.sampling.work(denoiser, self.n)
+            self.out.parent.mkdir(parents=True, exist_ok=True)  # or fail before the work, not after
             frames = self.frames
             if self.out.suffix.lower() in (".gif", ".webp"):
                 frames = frames or min(25, len(work[2]))
@@ -220,5 +221,9 @@ def main(args: list[str] | None = None) -> None:
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"minddpm: {error}")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        sys.exit("minddpm: out of memory: lower --batch-size or --batch, or raise --accumulate")
     except KeyboardInterrupt:
         sys.exit("minddpm: interrupted")

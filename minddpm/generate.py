@@ -73,7 +73,8 @@ def write(out: Path, pixels: Tensor) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     suffix = out.suffix.lower()
     if suffix == ".npz":
-        np.savez_compressed(out, images=pixels.permute(0, 2, 3, 1).numpy())
+        with out.open("wb") as file:  # to a name, numpy would add .npz where it says .NPZ
+            np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).numpy())
     elif pixels.ndim == 4:
         out.write_bytes(viz.sheet(pixels))
     elif suffix == ".png":
@@ -89,5 +90,9 @@ def animation(frames: list[bytes], kind: str) -> bytes:
     first, *rest = (Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames)
     pause = [80] * len(rest) + [2000]  # milliseconds
     file = io.BytesIO()
-    first.save(file, kind, save_all=True, append_images=rest, duration=pause, loop=0, quality=90)
+    options = dict(save_all=True, append_images=rest, duration=pause, loop=0, quality=90)
+    try:
+        first.save(file, kind, **options)
+    except RuntimeError as error:
+        raise ValueError(f"a .{kind} cannot be {first.size} pixels large: draw fewer") from error
     return file.getvalue()

@@ -91,7 +91,8 @@ def bound_estimate(
     """
     check_levels(x0)
     schedule, n = denoiser.schedule, len(x0)
-    spread = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    stratum, within = torch.randperm(n, generator=generator), torch.rand(n, generator=generator)
+    spread = (stratum + within.double()) / n  # which float32 might round to 1
     t = 2 + (spread * (schedule.T - 1)).long()
     bits = prior_term(schedule, x0)
     for times, weight in [(torch.ones_like(t), 1), (t, schedule.T - 1)]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,13 @@ class Log:
     """Rows of FIELDS, appended to `log.csv`; a resumed run drops the rows after its checkpoint."""
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "log.csv"
-        rows = []
-        if self.path.exists():
-            with self.path.open(encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if is_before(row, step)]
-        with self.path.open("w", encoding="utf-8", newline="") as file:
+        self.path, part = folder / "log.csv", folder / "log.csv.part"
+        rows = rows_until(self.path, step) if self.path.exists() else []
+        with part.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        os.replace(part, self.path)  # all or nothing: a full disk leaves the rows that there were
         self.board = tensorboard(folder, step)
 
     def write(self, step: int, **values: float) -> None:
@@ -54,6 +53,20 @@ class Log:
         """Write out what is still on its way."""
         if self.board:
             self.board.close()
+
+
+def rows_until(path: Path, step: int) -> list[dict]:
+    """The whole rows of a log up to `step`; ValueError where it is not the log of a run."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            known = {*(reader.fieldnames or ())} <= {*FIELDS}
+            rows = [row for row in reader if is_before(row, step)]
+    except (UnicodeDecodeError, csv.Error):
+        known = False
+    if not known:
+        raise ValueError(f"{path} is not the log of a run: move it away, or choose another --out")
+    return rows
 
 
 def is_before(row: dict, step: int) -> bool:

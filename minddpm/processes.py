@@ -17,9 +17,13 @@ def join(device: str) -> str:
     """Meet the other processes, where `torchrun` started several: the device that is this one's."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and place()[1] == 1:
         if device.startswith("cuda"):
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            rank, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if rank >= here:
+                raise ValueError(f"each process needs a GPU of its own, and here are {here}")
+            device = f"cuda:{rank}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # Numbers that they agree on lie on the CPU, which nccl does not serve.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return device
 
 

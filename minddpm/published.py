@@ -34,11 +34,12 @@ ENDS = {
 }
 OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
-# What their network must say of itself to be ours.
+# What their network and its noise must say of themselves to be ours.
 UNET = {
     "_class_name": "UNet2DModel",
     "act_fn": "silu",
     "attention_head_dim": None,
+    "attn_norm_num_groups": None,
     "center_input_sample": False,
     "downsample_padding": 0,
     "flip_sin_to_cos": False,
@@ -48,6 +49,7 @@ UNET = {
     "norm_num_groups": 32,
     "time_embedding_type": "positional",
 }
+NOISE = {"rescale_betas_zero_snr": False, "trained_betas": None}
 TARGETS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
 
@@ -62,9 +64,8 @@ def from_diffusers(source: str | Path) -> Denoiser:
     folder = folder if folder.is_dir() else download(str(source))
     unet = read_json(folder, "unet", "config.json")
     noise = read_json(folder, "scheduler", "scheduler_config.json")
-    wrong = [f"{k} = {unet.get(k)!r}, not {v!r}" for k, v in UNET.items() if unet.get(k, v) != v]
-    if wrong:
-        raise ValueError(f"the network in {source} is not DDPM's: {'; '.join(wrong)}")
+    check_config(source, unet, UNET)
+    check_config(source, noise, NOISE)
     try:
         learned = noise.get("variance_type") == "learned_range"
         channels, width = unet["in_channels"], unet["block_out_channels"][0]
@@ -82,11 +83,19 @@ def from_diffusers(source: str | Path) -> Denoiser:
         read_into(net, weights(folder))
         predicts = TARGETS[noise.get("prediction_type", "epsilon")]
         variance = VARIANCES[noise["variance_type"].removesuffix("_log")]
-    except (KeyError, RuntimeError) as error:
+        schedule = noise_schedule(noise)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"the files in {source} cannot be used: {reason}") from error
-    denoiser = Denoiser(net, noise_schedule(noise), predicts, variance)
+    denoiser = Denoiser(net, schedule, predicts, variance)
     return denoiser.eval().requires_grad_(False)
+
+
+def check_config(source: str | Path, config: dict, ours: dict) -> None:
+    """Raises ValueError unless what a config says of the fields in `ours` is what stands there."""
+    wrong = [f"{k} = {config[k]!r}, not {v!r}" for k, v in ours.items() if config.get(k, v) != v]
+    if wrong:
+        raise ValueError(f"the network in {source} is not DDPM's: {'; '.join(wrong)}")
 
 
 def to_diffusers(net: UNet, model: ModelConfig, out: str | Path) -> None:
@@ -176,6 +185,9 @@ def read_into(net: UNet, theirs: dict[str, torch.Tensor]) -> None:
         raise KeyError(f"no place for {', '.join(sorted(extra)[:3])}")
     state = net.state_dict()
     net.load_state_dict({k: theirs[names[k]].float().view_as(x) for k, x in state.items()})
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.GroupNorm):  # ours has fewer groups in narrow layers
+            layer.num_groups = UNET["norm_num_groups"]
 
 
 def noise_schedule(config: dict) -> Schedule:
@@ -232,7 +244,10 @@ def read_json(folder: Path, part: str, name: str) -> dict:
     """A JSON file of a pipeline's folder, in its part or, in older ones, beside the others."""
     for path in (folder / part / name, folder / name):
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path} holds no JSON object: {error}") from error
     raise ValueError(f"{folder} is not a diffusers folder: it holds no {part}/{name}")
 
 

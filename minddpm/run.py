@@ -51,6 +51,7 @@ class Run:
         for name, value in [("save_every", save_every), ("keep", keep)]:
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.seconds, self.best, self.previous = 0.0, math.inf, None
         saved = self._find(resume)
         device = processes.join(pick_device(device))
         gpu = device.startswith("cuda")
@@ -61,7 +62,6 @@ class Run:
         self.denoiser.net.to(memory_format=self.format)
         train_config = replace(config.train, precision=pick_precision(config.train.precision, gpu))
         self.state = TrainState(self.denoiser.net, train_config, fused and gpu)
-        self.seconds, self.best, self.previous = 0.0, math.inf, None
         if saved:
             tensors, _, facts = saved
             checkpoint.put_back(self.state, tensors, facts, self.out)
@@ -82,10 +82,19 @@ class Run:
                 raise ValueError(
                     f"{self.out} already holds a run: add --resume, or choose another --out"
                 )
+            if (self.out / "best.safetensors").exists():
+                raise ValueError(
+                    f"{self.out} holds the best of an earlier run: move it away, or choose "
+                    "another --out"
+                )
             return None
         if not held:
             raise ValueError(f"{self.out} holds no run to resume: leave --resume out to start one")
-        saved = checkpoint.read(self.out)
+        try:
+            saved = checkpoint.read_file(self.last)
+            self.previous = saved[2]["step"]  # whole, and to be kept when the next one is written
+        except ValueError:
+            saved = checkpoint.read(self.out.absolute())
         then, now = (flatten(asdict(c)) for c in (saved[1], self.config))
         changed = [
             f"{k} = {then[k]}, not {now[k]}" for k in now if k != "steps" and then[k] != now[k]
@@ -101,11 +110,13 @@ class Run:
         config, (rank, world) = self.config, processes.place()
         if rank:
             processes.wait()  # the first process downloads
-        pixels = data.load(config.data, config.split, root, config.size).pixels
-        held_out = config.data in data.NAMED and config.split == "train"
-        fixed = data.load(config.data, "test", root).pixels if held_out else pixels
-        if not rank:
-            processes.wait()
+        try:
+            pixels = data.load(config.data, config.split, root, config.size).pixels
+            held_out = config.data in data.NAMED and config.split == "train"
+            fixed = data.load(config.data, "test", root).pixels if held_out else pixels
+        finally:  # where there are no data, each process says so
+            if not rank:
+                processes.wait()
         if pixels.shape[2] != pixels.shape[3]:
             raise ValueError(f"the images must be square, got {tuple(pixels.shape[2:])}: crop them")
         if config.train.batch_size % (config.train.accumulate * world):
@@ -154,7 +165,7 @@ class Run:
                     row |= self.save()
                 if row and self.log:
                     self.log.write(self.state.step, **row)
-        row = self.save()
+            row = self.save()
         if self.log:
             self.log.write(self.state.step, seconds=self.seconds, **row)
             self.log.close()
@@ -166,7 +177,9 @@ class Run:
         if step < steps:
             print(f"to go on: {command_line()} --resume")
         else:
-            print(f"to sample: minddpm sample {shlex.quote(str(self.out))}")
+            name = self.out if len(self.out.parts) > 1 else f"./{self.out}"  # not shipped weights
+            few = f" --steps {self.denoiser.schedule.T}" if self.denoiser.schedule.T < 50 else ""
+            print(f"to sample: minddpm sample {shlex.quote(str(name))}{few}")
 
     def _report(self, bar: tqdm, record: Record) -> dict:
         loss = processes.mean(record.loss)
@@ -198,9 +211,12 @@ class Run:
         self._insist(finite, "a weight is not finite")
         if processes.place()[0]:
             return {}
-        averaged = Denoiser(self.state.ema.module.eval(), *reading(self.denoiser))
+        parts = self.config.train.accumulate * processes.place()[1]
+        size = max(1, 4 * self.config.train.batch_size // parts)  # without gradients, 4 times more
+        net = InParts(self.state.ema.module.eval(), size)
+        averaged = Denoiser(net, *reading(self.denoiser))
         row = watch(averaged, self.fixed)
-        better, self.best = row["fixed_loss"] < self.best, min(row["fixed_loss"], self.best)
+        better, self.best = row["fixed_loss"] < self.best, min(self.best, row["fixed_loss"])
         facts = dict(
             command=command_line(),
             seconds=round(self.seconds),
@@ -208,6 +224,8 @@ class Run:
             device=device_name(self.state.device),
             torch=torch.__version__,
         )
+        if better:  # first: what `last` says of the best is then true whenever this stops
+            checkpoint.save_average(self.out / "best.safetensors", self.state, self.config, **facts)
         older = self.keep > 1 and self.previous is not None
         keep_as = self.out / f"step-{self.previous:07d}.safetensors" if older else None
         if self.previous != self.state.step:
@@ -215,12 +233,21 @@ class Run:
         self.previous = self.state.step
         for file in sorted(self.out.glob("step-*.safetensors"), reverse=True)[self.keep - 1 :]:
             file.unlink()
-        if better:
-            checkpoint.save_average(self.out / "best.safetensors", self.state, self.config, **facts)
         picture = viz.sheet(draw_samples(averaged, 64))
         (self.out / f"samples-{self.state.step:07d}.png").write_bytes(picture)
         self.log.picture(self.state.step, picture)
         return row
+
+
+class InParts(torch.nn.Module):
+    """A network that takes a batch `size` images at a time: what fits in training fits here."""
+
+    def __init__(self, net: torch.nn.Module, size: int):
+        super().__init__()
+        self.net, self.size, self.shape = net, size, net.shape
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.net(*p) for p in zip(x.split(self.size), t.split(self.size))])
 
 
 def watch(denoiser: Denoiser, x0: torch.Tensor) -> dict:
@@ -269,7 +296,7 @@ def pick_device(name: str) -> str:
         mps = torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
@@ -293,8 +320,9 @@ def device_name(device: torch.device) -> str:
 
 def command_line() -> str:
     """The command that started this run, without --resume."""
-    resume = ("--resume", "--no-resume")
-    return shlex.join(["minddpm", *(a for a in sys.argv[1:] if a not in resume)])
+    resume, (_, world) = ("--resume", "--no-resume"), processes.place()
+    start = ["torchrun", f"--nproc-per-node={world}", "-m"] if world > 1 else []
+    return shlex.join([*start, "minddpm", *(a for a in sys.argv[1:] if a not in resume)])
 
 
 def flatten(tree: dict) -> dict:

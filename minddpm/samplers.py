@@ -71,6 +71,8 @@ def even_grid(schedule: Schedule, table: Tensor, steps: int) -> list[int]:
     Where rounding would repeat a time, the next smaller one is taken while there is one.
     """
     check_steps(schedule.T, steps)
+    if steps == 1:
+        return [schedule.T, 0]
     last = table[table.isfinite()][-1]  # where no signal is left at T, start just before
     grid = [schedule.T]
     for k, value in enumerate(torch.linspace(last, table[0], steps)[1:], start=2):
@@ -116,7 +118,8 @@ def reverse_diffusion(
     """One Euler step back in time: (x_s, prediction); no noise at s = 0 (Score SDE app. E).
 
     eta = 1 follows the reverse SDE (Score SDE eq. 6), eta = 0 the probability-flow ODE (Score SDE
-    eq. 13); every eta >= 0 has the same marginals in the limit of many steps.
+    eq. 13); every eta >= 0 has the same marginals in the limit of many steps. With eta = 0 the step
+    to s = 0 removes half of the noise that eta = 1 removes: end such a path at the predicted x0.
     """
     if not 0 <= eta < float("inf"):
         raise ValueError(f"eta must be 0 or more, and finite, got {eta}")
@@ -172,16 +175,19 @@ def predictor_corrector(
 def heun(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, clip=True, generator=None):
     """A DDIM step, then again with the mean of the noises at both ends (EDM alg. 1).
 
-    Returns (x_s, prediction at t). Two network calls, or one where s = 0 or no signal is left at t.
+    With r = noise / signal at t over that at s, it is a DDIM step whose x0 lies the part r / 2 of
+    the way from the first x0 to the second. Where r > 2 that would overshoot the second, by as much
+    as there is noise where hardly any signal is left: there the second is taken.
+    Returns (x_s, prediction at t). Two network calls, or one where s = 0.
     """
-    schedule = denoiser.schedule
     xs, prediction = ddim(denoiser, xt, t, s, clip=clip)
-    (signal_t, noise_t), (signal_s, noise_s) = schedule.at(t), schedule.at(s)
-    if s == 0 or signal_t == 0:
+    if s == 0:
         return xs, prediction
-    eps = (prediction.eps + denoiser(xs, s, clip=clip).eps) / 2
-    scale = signal_s / signal_t
-    return cast(scale, xt) * xt + cast(noise_s - scale * noise_t, xt) * eps, prediction
+    (signal_t, noise_t), (signal_s, noise_s) = (denoiser.schedule.at(u) for u in (t, s))
+    part = (noise_t * signal_s / (signal_t * noise_s) / 2).clamp(max=1)
+    change = denoiser(xs, s, clip=clip).x0 - prediction.x0
+    shrink = noise_s / noise_t
+    return xs + cast((signal_s - shrink * signal_t) * part, xt) * change, prediction
 
 
 class DPMSolver:

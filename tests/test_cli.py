@@ -176,6 +176,14 @@ def test_a_full_disk_ends_with_one_line(tmp_path, monkeypatch):
     assert [f.name for f in tmp_path.iterdir() if "tfevents" not in f.name] == ["log.csv"]
 
 
+def test_too_little_memory_ends_with_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr("minddpm.data.load", full)
+    assert "out of memory: lower --batch-size" in mistake(train, tmp_path)
+
+
 def test_ctrl_c_outside_training_ends_with_one_line(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -378,6 +386,29 @@ def test_a_corrupt_checkpoint_gets_one_line(model, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
     line = mistake(draw, str(tmp_path / "bad.safetensors"), tmp_path / "a.png")
     assert "is not a complete safetensors file" in line
+
+
+def test_an_array_file_has_the_name_asked_for(model, tmp_path):
+    draw(model, tmp_path / "a.NPZ", "--steps 5")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.NPZ"]
+
+
+def test_a_place_that_cannot_be_is_refused_before_the_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("minddpm.generate.samples", lambda *args, **options: 1 / 0)
+    (tmp_path / "file").write_text("mine")
+    assert "file" in mistake(draw, model, tmp_path / "file" / "a.png", "--steps 5")
+
+
+def test_a_film_too_large_for_its_format_gets_one_line(model, tmp_path):
+    line = mistake(draw, model, tmp_path / "a.webp", "--steps 1 --n 2000")
+    assert "a .webp cannot be (576, 18000) pixels large: draw fewer" in line
+
+
+def test_export_overwrites_nothing(model):
+    last = os.path.join(model, "last.safetensors")
+    size = os.path.getsize(last)
+    assert "last.safetensors exists" in mistake(main, ["export", model, last])
+    assert os.path.getsize(last) == size
 
 
 def test_export_writes_half_the_bytes_and_samples_alike(model, tmp_path, capsys):

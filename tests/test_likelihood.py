@@ -312,6 +312,17 @@ def test_estimate_of_the_bound_is_unbiased(T):
     assert_close(estimate.mean().item(), whole.mean().item(), rtol=0, atol=4 * error + 1e-9)
 
 
+def test_estimate_takes_no_time_beyond_T(monkeypatch):
+    """In float32 the largest draw of 512, (511 + u) / 512 with u just below 1, is 1."""
+    largest = torch.tensor(1 - 2**-24)
+    monkeypatch.setattr(torch, "rand", lambda n, generator: largest.expand(n))
+    denoiser, times = gaussian([0.0], [[1.0]]).denoiser(cosine(100)), []
+    call = denoiser.forward
+    denoiser.forward = lambda xt, t, clip: times.append(t) or call(xt, t, clip)
+    assert bound_estimate(denoiser, LEVELS[::255].repeat(256)[:, None]).isfinite().all()
+    assert (times[1].min(), times[1].max()) == (2, 100)
+
+
 # The ODE's likelihood
 
 FLOW_COV = torch.tensor([[0.3, 0.1], [0.1, 0.05]], dtype=torch.float64)

@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pytest
 
 from minddpm.log import FIELDS, Log, is_before
 from minddpm.viz import png
@@ -39,6 +40,29 @@ def test_a_resumed_log_goes_on_after_its_checkpoint(tmp_path):
         ("40", "40"),
         ("60", "-1"),
     ]
+
+
+@pytest.mark.parametrize("text", [b"a;b\n1;2\n", "step".encode("utf-16"), b"x" * 200_000])
+def test_a_file_that_is_not_ours_is_kept(tmp_path, text):
+    (tmp_path / "log.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=r"log\.csv is not the log of a run: move it away"):
+        Log(tmp_path, 0)
+    assert (tmp_path / "log.csv").read_bytes() == text
+
+
+def test_a_full_disk_leaves_the_rows_that_there_were(tmp_path, monkeypatch):
+    log = Log(tmp_path, 0)
+    log.write(20, loss=0.5)
+    log.close()
+    before = (tmp_path / "log.csv").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("csv.DictWriter.writerows", full)
+    with pytest.raises(OSError, match="No space left"):
+        Log(tmp_path, 20)
+    assert (tmp_path / "log.csv").read_bytes() == before
 
 
 def test_broken_rows_are_not_kept():

@@ -86,6 +86,14 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert "batch_size = 16 must be a multiple of accumulate = 3 times the number" in done.stderr
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in [("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")]:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="each process needs a GPU of its own, and here are 1"):
+        processes.join("cuda")
+
+
 def test_alone_nothing_happens():
     x = torch.tensor(3.0)
     assert processes.place() == (0, 1)

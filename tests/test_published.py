@@ -66,6 +66,14 @@ def assert_same(net, other):
         assert_close(net(x, t), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_narrow_network_keeps_its_32_groups(tmp_path):
+    """Ours would have 16 of them in layers of 64 channels."""
+    network = theirs(**SMALL | dict(block_out_channels=(64, 64)))
+    network.save_pretrained(tmp_path)
+    scheduler().save_pretrained(tmp_path)
+    assert_same(from_diffusers(tmp_path).net, network)
+
+
 def test_network_of_the_published_size_is_read_whole_and_computes_the_same(tmp_path):
     """google/ddpm-cifar10-32 keeps its files side by side: no unet/, no scheduler/."""
     network = theirs(**CIFAR)
@@ -121,6 +129,9 @@ def test_what_is_not_ours_is_refused_in_one_line(folder):
     good = json.loads(path.read_text())
     for change, message in [
         (dict(norm_num_groups=16), "norm_num_groups = 16, not 32"),
+        (dict(attn_norm_num_groups=16), "attn_norm_num_groups = 16, not None"),
+        (dict(sample_size=[8, 8]), "cannot be used: unsupported operand"),
+        (dict(block_out_channels=[]), "cannot be used: list index out of range"),
         (dict(flip_sin_to_cos=True, freq_shift=0), "flip_sin_to_cos = True.*; freq_shift = 0"),
         (dict(block_out_channels=[128, 256]), "cannot be used: Error.* in loading|cannot be used"),
         (dict(layers_per_block=2), "cannot be used"),
@@ -129,7 +140,15 @@ def test_what_is_not_ours_is_refused_in_one_line(folder):
         with pytest.raises(ValueError, match=message) as caught:
             from_diffusers(folder)
         assert "\n" not in str(caught.value)
+    for text in ("[1]", "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
+            from_diffusers(folder)
     path.write_text(json.dumps(good))
+    for change in (dict(rescale_betas_zero_snr=True), dict(trained_betas=[0.1, 0.2])):
+        scheduler(**change).save_pretrained(folder / "scheduler")
+        with pytest.raises(ValueError, match=f"not DDPM's: {next(iter(change))} = "):
+            from_diffusers(folder)
     scheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
     with pytest.raises(ValueError, match="expected linear betas .* got 'scaled_linear'"):
         from_diffusers(folder)

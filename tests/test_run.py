@@ -1,6 +1,7 @@
 """A run saves on the way, refuses what would spoil it, and never keeps weights that diverged."""
 
 import csv
+import math
 import os
 import re
 import signal
@@ -151,6 +152,53 @@ def test_the_last_checkpoints_stay_and_a_damaged_one_gives_way_to_the_one_before
     again.go()
     run(tmp_path / "whole", train_with(steps=9)).go()
     assert_same_tensors(tmp_path, tmp_path / "whole")
+
+
+def test_a_resumed_run_keeps_the_checkpoint_it_came_from(tmp_path):
+    for steps in (3, 5, 7):
+        run(tmp_path, train_with(steps=steps), resume=steps > 3).go()
+    names = [f.name for f in tmp_path.glob("step-*")]
+    assert names == ["step-0000005.safetensors"]
+    assert checkpoint.read(tmp_path / names[0])[2]["step"] == 5
+
+
+def test_an_out_with_the_name_of_shipped_weights_is_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("digits").go()
+    assert "to sample: minddpm sample ./digits --steps 10\n" in capsys.readouterr().out
+    (tmp_path / "digits" / "last.safetensors").rename("digits/step-0000006.safetensors")
+    again = run("digits", resume=True)
+    assert again.state.step == 6
+
+
+def test_the_best_of_an_earlier_run_is_not_overwritten(tmp_path):
+    run(tmp_path).go()
+    (tmp_path / "last.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds the best of an earlier run: move it away"):
+        run(tmp_path)
+
+
+def test_ctrl_c_in_the_last_save_does_not_stop_it(tmp_path, monkeypatch):
+    real = module.watch
+    monkeypatch.setattr(module, "watch", lambda *x: os.kill(os.getpid(), signal.SIGINT) or real(*x))
+    run(tmp_path).go()
+    assert checkpoint.read(tmp_path)[2]["step"] == 6
+
+
+def test_a_loss_that_cannot_be_computed_is_never_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "watch", lambda *x: {"fixed_loss": math.nan})
+    again = run(tmp_path)
+    again.go()
+    assert again.best == math.inf and not (tmp_path / "best.safetensors").exists()
+
+
+def test_in_parts_is_the_network():
+    sizes = []
+    net = torch.nn.Module()
+    net.shape, net.forward = (2,), lambda x, t: sizes.append(len(x)) or x * t[:, None]
+    x, t = torch.randn(7, 2), torch.arange(7)
+    assert_close(module.InParts(net, 3)(x, t), x * t[:, None])
+    assert sizes == [3, 3, 1]
 
 
 def test_best_is_the_average_with_the_lowest_loss_on_the_fixed_images(tmp_path):
@@ -323,7 +371,7 @@ def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path, monkey
 def test_devices():
     assert pick_device("cpu") == "cpu"
     assert pick_device("auto") in ("cpu", "cuda", "mps")
-    for name in ("toaster", "cuda:99", ""):
+    for name in ("toaster", "cuda:99", "meta", ""):
         with pytest.raises(ValueError, match=f"device {name!r} cannot be used here") as caught:
             pick_device(name)
         assert "\n" not in str(caught.value)
