@@ -219,16 +219,29 @@ def test_upsampling_repeats_pixels():
     assert torch.equal(layer(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
+@pytest.mark.parametrize("channels", [4, 8, 32, 64, 96, 128, 256, 384])
+def test_the_time_that_a_block_adds_survives_its_norm(channels):
+    """A group of one channel would take it away again, whatever it is."""
+    torch.manual_seed(0)
+    block, x = ResBlock(channels, channels, 16, 0.0), torch.randn(2, channels, 4, 4)
+    groups = block.norm2.num_groups
+    assert channels % groups == 0 and channels // groups >= 4
+    assert groups == 32 or channels % 128
+    nn.init.xavier_uniform_(block.conv2.weight)
+    early, late = (block(x, k * torch.ones(2, 16)) for k in (1.0, -1.0))
+    assert (early - late).abs().max() > 0.01
+
+
 def test_attention_is_softmax_over_all_pixels():
     torch.manual_seed(0)
-    layer, x = Attention(32), torch.randn(2, 32, 3, 3)
+    layer, x = Attention(128), torch.randn(2, 128, 3, 3)
     nn.init.xavier_uniform_(layer.out.weight)
     h = nn.functional.group_norm(x, 32, eps=1e-6).flatten(2)
     q, k, v = (
         torch.einsum("oc,bcn->bon", f.weight[..., 0, 0], h)
         for f in (layer.query, layer.key, layer.value)
     )
-    weights = (torch.einsum("bcn,bcm->bnm", q, k) / 32**0.5).softmax(2)
+    weights = (torch.einsum("bcn,bcm->bnm", q, k) / 128**0.5).softmax(2)
     mixed = torch.einsum("bnm,bcm->bcn", weights, v)
     expected = x + torch.einsum("oc,bcn->bon", layer.out.weight[..., 0, 0], mixed).view(x.shape)
     assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
