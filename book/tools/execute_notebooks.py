@@ -95,6 +95,7 @@ def main(arguments: list[str]) -> int:
     """Run the notebooks named, or all; 1 if one fails."""
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # chapters store what a reader's CPU shows
     os.environ.pop("MPLBACKEND", None)
     paths = [Path(a) for a in arguments] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in paths:
