@@ -14,23 +14,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch.nn.functional import mse_loss
 
+from minddpm.config import ModelConfig
 from minddpm.nets import UNet
 from minddpm.prediction import Denoiser
+from minddpm.published import unet_config
 from minddpm.samplers import ancestral, ddim
 from minddpm.schedule import linear
-
-CIFAR = dict(
-    sample_size=32,
-    block_out_channels=(128, 256, 256, 256),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=None,
-    norm_eps=1e-6,
-    downsample_padding=0,
-    flip_sin_to_cos=False,
-    freq_shift=1,
-    dropout=0.1,
-)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -80,7 +69,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, batch {batch}; ours / theirs, lower is faster")
 
     torch.manual_seed(0)
-    ours, theirs = UNet().to(device), UNet2DModel(**CIFAR).to(device)
+    ours = UNet().to(device)
+    theirs = UNet2DModel.from_config(unet_config(ours, ModelConfig())).to(device)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     x = torch.randn(batch, 3, 32, 32, device=device)
     t = torch.randint(1, 1001, (batch,), device=device)
 

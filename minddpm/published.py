@@ -111,8 +111,31 @@ def to_diffusers(net: UNet, model: ModelConfig, out: str | Path) -> None:
         )
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder")
+    betas = {
+        "linear": {"beta_start": 0.1 / model.T, "beta_end": 20 / model.T},
+        "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    }
+    noise = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": model.T,
+        "beta_schedule": "linear",
+        "prediction_type": {v: k for k, v in TARGETS.items()}[model.predicts],
+        "variance_type": {v: k for k, v in VARIANCES.items()}[model.variance],
+        "clip_sample": True,
+    } | betas[model.schedule]
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    write_json(out / "model_index.json", {"_class_name": "DDPMPipeline"} | parts)
+    write_json(out / "scheduler" / "scheduler_config.json", noise)
+    write_json(out / "unet" / "config.json", unet_config(net, model))
+    names, state = their_names(net), net.state_dict()
+    theirs = {names[k]: x.flatten(1) if is_linear(k) else x for k, x in state.items()}
+    save_file(theirs, out / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def unet_config(net: UNet, model: ModelConfig) -> dict:
+    """What `diffusers` calls a network of 32 groups a norm: the config of its UNet2DModel."""
     attends = [net.shape[1] >> i in model.attention for i in range(len(model.multipliers))]
-    unet = UNET | {
+    return UNET | {
         "sample_size": net.shape[1],
         "in_channels": net.shape[0],
         "out_channels": net.shape[0] * (1 + (model.variance == "learned")),
@@ -122,27 +145,12 @@ def to_diffusers(net: UNet, model: ModelConfig, out: str | Path) -> None:
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
     }
-    linear = {"beta_start": 0.1 / model.T, "beta_end": 20 / model.T, "beta_schedule": "linear"}
-    cosine = {"beta_schedule": "squaredcos_cap_v2"}
-    noise = {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": model.T,
-        "prediction_type": {v: k for k, v in TARGETS.items()}[model.predicts],
-        "variance_type": {v: k for k, v in VARIANCES.items()}[model.variance],
-        "clip_sample": True,
-    } | (linear if model.schedule == "linear" else cosine)
-    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    write_json(out / "model_index.json", {"_class_name": "DDPMPipeline"} | parts)
-    write_json(out / "scheduler" / "scheduler_config.json", noise)
-    write_json(out / "unet" / "config.json", unet)
-    names, state = their_names(net), net.state_dict()
-    theirs = {names[k]: x.flatten(1) if is_linear(k) else x for k, x in state.items()}
-    save_file(theirs, out / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def their_names(net: UNet) -> dict[str, str]:
     """{our name: theirs}, of every weight of the network."""
-    return {ours: rename(ours, blocks_of(net)) for ours in net.state_dict()}
+    places = blocks_of(net)
+    return {ours: rename(ours, places) for ours in net.state_dict()}
 
 
 def blocks_of(net: UNet) -> dict[str, tuple[str, int]]:
