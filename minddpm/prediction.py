@@ -35,7 +35,8 @@ class Denoiser(nn.Module):
     net: any callable (x_t (B, C, ...), t (B,)) -> (B, C, ...), or 2C channels where it learns the
     variance.
     predicts: "eps" (DDPM eq. 11), "x0" or "v" = signal * eps - noise * x0.
-    variance: "small" or "large" (DDPM sec. 3.2), or "learned" (Improved DDPM eq. 15).
+    variance: "small" or "large" (DDPM sec. 3.2), or "learned" (Improved DDPM eq. 15). At the very
+    last step, from 1 to 0, "large" is the small one, as in the authors' code.
     """
 
     def __init__(self, net, schedule: Schedule, predicts: str = "eps", variance: str = "large"):
@@ -106,7 +107,10 @@ class Denoiser(nn.Module):
         (B, 1, ..., 1), or (B, ...) where it is learned.
         """
         on_x0, on_xt, _ = posterior_coefficients(self.schedule, t, s)
-        small, large = (cast(x, xt) for x in reverse_log_variance(self.schedule, t, s))
+        small, large = reverse_log_variance(self.schedule, t, s)
+        if self.variance == "large":  # the authors' fixedlarge: at the very last step it is small
+            large = torch.where(torch.as_tensor(t).cpu() == 1, small, large)
+        small, large = cast(small, xt), cast(large, xt)
         log_var = prediction.fraction * large + (1 - prediction.fraction) * small
         return cast(on_x0, xt) * prediction.x0 + cast(on_xt, xt) * xt, log_var
 

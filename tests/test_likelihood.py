@@ -146,7 +146,8 @@ def test_columns_are_the_decoder_the_divergences_and_the_prior():
         )
         on_x0 = bar[t - 1] ** 0.5 * beta[t] / (1 - bar[t])
         on_xt = (1 - beta[t]) ** 0.5 * (1 - bar[t - 1]) / (1 - bar[t])
-        model = Normal(on_x0 * xt.tanh() + on_xt * xt, beta[t] ** 0.5)
+        var = beta[t] if t > 1 else beta[2] * (1 - bar[1]) / (1 - bar[2])
+        model = Normal(on_x0 * xt.tanh() + on_xt * xt, var**0.5)
         if t == 1:
             upper = torch.where(x0 == 1, torch.inf, x0 + 1 / 255)
             columns.append(-(model.cdf(upper) - model.cdf(x0 - 1 / 255)).log())

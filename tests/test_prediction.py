@@ -116,6 +116,23 @@ def test_reverse_variance_interpolates_the_logarithms(variance, v):
     assert_close(log_var.flatten(), expected, rtol=1e-9, atol=0)
 
 
+def test_fixed_large_variance_begins_with_the_posterior_of_the_second_step():
+    """The authors' fixedlarge is [beta-tilde_2, beta_2, ..., beta_T]; a learned one keeps beta_1."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    bar = (1 - beta).cumprod(0)
+    first = beta[1] * (1 - bar[0]) / (1 - bar[1])
+    t, xt = torch.arange(1, 1001), normal(1000, 1)
+    for variance, v, expected in [
+        ("large", 1.0, torch.cat([first[None], beta[1:]])),
+        ("learned", torch.ones(1000, 1), beta),
+    ]:
+        denoiser = Denoiser(echo, linear(1000), variance=variance)
+        _, log_var = denoiser.reverse(xt, t, t - 1, Prediction(xt, xt, v))
+        assert_close(log_var.exp().flatten(), expected, rtol=1e-9, atol=0)
+    _, strided = Denoiser(echo, linear(1000)).reverse(xt, 20, 0, Prediction(xt, xt, 1.0))
+    assert_close(strided.exp().item(), 1 - bar[19].item(), rtol=1e-9, atol=0)
+
+
 @each_target
 @pytest.mark.parametrize("t", [1, 30, 600, 1000])
 def test_score_is_the_gradient_of_log_q(predicts, t):

@@ -166,8 +166,8 @@ def test_module_is_short_enough_to_read():
         lines[name] = sum(
             bool(row.strip()) for row in path.read_text(encoding="utf-8").splitlines()
         )
-    assert sum(lines[name] for name in CORE) <= 1000
-    assert sum(lines.values()) <= 3000
+    assert sum(lines[name] for name in CORE) <= 1100
+    assert sum(lines.values()) <= 3400
 
 
 IMPORT_ALL = """
