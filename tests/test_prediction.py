@@ -117,7 +117,7 @@ def test_reverse_variance_interpolates_the_logarithms(variance, v):
 
 
 def test_fixed_large_variance_begins_with_the_posterior_of_the_second_step():
-    """The authors' fixedlarge is [beta-tilde_2, beta_2, ..., beta_T]; a learned one keeps beta_1."""
+    """The authors' fixedlarge is [beta-tilde_2, beta_2, ...]; a learned variance keeps beta_1."""
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     bar = (1 - beta).cumprod(0)
     first = beta[1] * (1 - bar[0]) / (1 - bar[1])
