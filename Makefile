@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT   ?= 8000
+JOBS   ?= 2
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
@@ -38,11 +39,11 @@ book: $(STAMP)  ## Build the book with warnings as errors, and say which page to
 	@$(PY) book/tools/check_site.py $(SITE)
 	@echo "Open $(CURDIR)/$(SITE)/index.html"
 
-test: $(STAMP)  ## Lint the code, run the unit tests, replay every notebook
+test: $(STAMP)  ## Lint the code, run the unit tests, replay every notebook (JOBS=4 for four at a time)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q tests
-	$(PY) -m pytest -q --nbval notebooks
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval notebooks
 
 notebooks: $(STAMP)  ## Run every notebook in place and store its outputs (ONLY=notebooks/x.ipynb for one)
 	$(PY) book/tools/execute_notebooks.py $(ONLY)

@@ -15,3 +15,11 @@ os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["
 os.environ.pop("MPLBACKEND", None)  # kernels draw inline...
 matplotlib.use("Agg")  # ...and tests draw to memory
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests measured: their `record_property("measured", text)`, from every worker."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, text in report.user_properties if report.when == "call" else ():
+            if name == "measured":
+                terminalreporter.write_line(text)

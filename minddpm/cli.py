@@ -62,6 +62,8 @@ class Sampling:
     """The same seed gives the same samples."""
     batch: int = 256
     """Samples at a time."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Number format of the network's arithmetic; auto: the GPU's best."""
 
     def work(self, denoiser, n: int) -> tuple:
         """The arguments of `generate.samples`: (denoiser, n, grid, step) and options."""
@@ -72,12 +74,15 @@ class Sampling:
         if self.eta is not None and self.sampler not in ("ddim", "reverse-diffusion"):
             raise ValueError(f"eta belongs to ddim and reverse-diffusion, not to {self.sampler}")
         grid = GRIDS[self.grid](denoiser.schedule, self.steps)
-        options = {"seed": self.seed} | ({} if self.eta is None else {"eta": self.eta})
+        options = {"seed": self.seed, "precision": self.precision}
+        options |= {} if self.eta is None else {"eta": self.eta}
         return (denoiser, n, grid, STEPS[self.sampler]), options
 
     def __str__(self) -> str:
         eta = "" if self.eta is None else f", eta {self.eta:g}"
-        return f"{self.sampler}, {self.steps} steps, {self.grid} grid{eta}, seed {self.seed}"
+        precision = "" if self.precision == "fp32" else f", {self.precision}"
+        how = f"{self.sampler}, {self.steps} steps, {self.grid} grid{eta}{precision}"
+        return f"{how}, seed {self.seed}"
 
 
 @dataclass(frozen=True)

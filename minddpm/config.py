@@ -159,7 +159,13 @@ MNIST = Config(
     data="mnist",
     model=ModelConfig(width=64, multipliers=(1, 2, 2), attention=(16,), schedule="cosine"),
     train=TrainConfig(
-        steps=40_000, learning_rate=5e-4, warmup=1000, cooldown=10_000, ema_decay=0.999, flip=False
+        steps=40_000,
+        learning_rate=5e-4,
+        warmup=1000,
+        cooldown=10_000,
+        ema_decay=0.999,
+        flip=False,
+        precision="auto",
     ),
 )
 CIFAR10_SMALL = Config(
@@ -176,9 +182,10 @@ CIFAR10_SMALL = Config(
         precision="auto",
     ),
 )
+CIFAR10 = Config(train=TrainConfig(precision="auto"))
 PRESETS = {
     "digits": ("scikit-learn's 8 x 8 digits: minutes on two CPU cores", DIGITS),
     "mnist": ("MNIST, padded to 32 x 32: for a GPU", MNIST),
     "cifar10-small": ("CIFAR-10, a faster recipe: 60,000 updates of 18.9 M", CIFAR10_SMALL),
-    "cifar10": ("CIFAR-10, the paper's recipe: 800,000 updates of the 35.7 M network", Config()),
+    "cifar10": ("CIFAR-10, the paper's recipe: 800,000 updates of the 35.7 M network", CIFAR10),
 }

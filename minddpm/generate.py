@@ -13,7 +13,7 @@ from minddpm import processes, viz
 from minddpm.data import to_uint8
 from minddpm.prediction import Denoiser
 from minddpm.samplers import sample, sample_path
-from minddpm.train import stream
+from minddpm.train import PRECISIONS, pick_precision, stream
 
 SUFFIXES = (".png", ".gif", ".webp", ".npz")
 
@@ -26,12 +26,13 @@ def start(denoiser: Denoiser, n: int, seed: int, i: int) -> tuple[Tensor, torch.
 
 
 def batches(
-    denoiser: Denoiser, n: int, grid: list[int], step, *, seed=0, batch=256, **options
+    denoiser, n: int, grid: list[int], step, *, seed=0, batch=256, precision="fp32", **options
 ) -> Iterator[Tensor]:
     """This process's share of n samples, batch by batch: (B, C, H, W) uint8 on the CPU.
 
     Batch i depends on the seed, the batch size and i alone: however many processes work, the
-    samples are the same.
+    samples are the same. precision: of the network's products, fp32, bf16, fp16, or auto for the
+    best that the device has. options: of the step.
     """
     rank, world = processes.place()
     sizes = [min(batch, n - first) for first in range(0, n, batch)]
@@ -39,8 +40,15 @@ def batches(
     silent = {"disable": True} if rank or len(mine) < 2 else {}
     for i in tqdm(mine, unit="batch", **silent):
         x, generator = start(denoiser, sizes[i], seed, i)
-        x = sample(denoiser, x, grid, step, generator=generator, **options)
+        with arithmetic(x.device.type, precision):
+            x = sample(denoiser, x, grid, step, generator=generator, **options)
         yield to_uint8(x).cpu()
+
+
+def arithmetic(device: str, precision: str) -> torch.autocast:
+    """Within it a network multiplies in that number format; what it is given and x stay fp32."""
+    dtype = PRECISIONS[pick_precision(precision, device == "cuda")]
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
 def samples(denoiser: Denoiser, n: int, grid: list[int], step, **options) -> Tensor | None:
@@ -56,13 +64,14 @@ def samples(denoiser: Denoiser, n: int, grid: list[int], step, **options) -> Ten
     return torch.cat(ordered)
 
 
-def path(denoiser: Denoiser, n: int, grid: list[int], step, frames: int, *, seed=0, **options):
+def path(denoiser, n: int, grid, step, frames: int, *, seed=0, precision="fp32", **options):
     """`frames` stops of the way of n samples: (their times, x_t (frames, n, C, H, W) uint8)."""
     if not 2 <= frames <= len(grid):
         raise ValueError(f"frames must lie in 2..{len(grid)} (the stops of the path), got {frames}")
     x, generator = start(denoiser, n, seed, 0)
-    stops = sample_path(denoiser, x, grid, step, generator=generator, **options)
-    pictures = [(grid[0], x), *((stop.t, stop.x) for stop in stops)]
+    with arithmetic(x.device.type, precision):
+        stops = sample_path(denoiser, x, grid, step, generator=generator, **options)
+        pictures = [(grid[0], x), *((stop.t, stop.x) for stop in stops)]
     chosen = [pictures[round(i)] for i in np.linspace(0, len(grid) - 1, frames)]
     return [t for t, _ in chosen], torch.stack([to_uint8(x).cpu() for _, x in chosen])
 

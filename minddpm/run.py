@@ -18,7 +18,7 @@ from minddpm.log import Log
 from minddpm.losses import draw, hybrid_loss, simple_loss
 from minddpm.prediction import Denoiser
 from minddpm.samplers import ddim, sample, uniform_grid
-from minddpm.train import Record, TrainState, train
+from minddpm.train import Record, TrainState, pick_precision, train
 
 FIXED = 512  # images on which the run watches itself
 
@@ -302,13 +302,6 @@ def pick_device(name: str) -> str:
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
         ) from error
     return name
-
-
-def pick_precision(name: str, gpu: bool) -> str:
-    """The number format of that name; for "auto" bf16 where a GPU has it, else fp16, else fp32."""
-    if name != "auto":
-        return name
-    return ("bf16" if torch.cuda.is_bf16_supported(False) else "fp16") if gpu else "fp32"
 
 
 def device_name(device: torch.device) -> str:

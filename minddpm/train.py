@@ -108,6 +108,13 @@ def stream(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def pick_precision(name: str, gpu: bool) -> str:
+    """The number format of that name; for "auto" bf16 where a GPU has it, else fp16, else fp32."""
+    if name != "auto":
+        return name
+    return ("bf16" if torch.cuda.is_bf16_supported(False) else "fp16") if gpu else "fp32"
+
+
 def learning_rate(config, step: int) -> float:
     """The rate of update `step` = 1, 2, ...: a linear rise, a plateau, a linear fall to 0."""
     rise = min(1.0, step / max(1, config.warmup))

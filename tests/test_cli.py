@@ -404,6 +404,18 @@ def test_a_film_too_large_for_its_format_gets_one_line(model, tmp_path):
     assert "a .webp cannot be (576, 18000) pixels large: draw fewer" in line
 
 
+def test_samples_in_sixteen_bits_are_nearly_the_same_and_every_batch_has_them(model, tmp_path):
+    flags = "--steps 5 -n 8 --batch 4"
+    for name in ("fp32", "bf16"):
+        draw(model, tmp_path / f"{name}.npz", f"{flags} --precision {name}")
+    exact, coarse = (np.load(tmp_path / f"{n}.npz")["images"].astype(int) for n in ("fp32", "bf16"))
+    for half in (slice(4), slice(4, 8)):
+        off = np.abs(exact[half] - coarse[half])
+        assert off.max() > 0 and off.mean() < 4  # of 255; bfloat16 has 8 bits
+    draw(model, tmp_path / "auto.npz", f"{flags} --precision auto --device cpu")
+    assert (np.load(tmp_path / "auto.npz")["images"] == exact).all()
+
+
 def test_export_overwrites_nothing(model):
     last = os.path.join(model, "last.safetensors")
     size = os.path.getsize(last)

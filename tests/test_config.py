@@ -60,7 +60,7 @@ def test_the_cifar10_preset_is_the_papers_recipe():
             "grad_clip": 1.0,
             "ema_decay": 0.9999,
             "flip": True,
-            "precision": "fp32",
+            "precision": "auto",
             "seed": 0,
         },
     }

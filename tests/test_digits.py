@@ -45,15 +45,15 @@ def thousand(denoiser, step, steps):
     return data.to_uint8(sample(denoiser, x, grid, step, generator=generator))
 
 
-def hold(judge, pixels, bar, name, capsys):
-    """Print both shares and the ratio; assert the ratio and that no digit is rare or common."""
+def hold(judge, pixels, bar, name, record_property):
+    """Report both shares and the ratio; assert the ratio and that no digit is rare or common."""
     recognize, real = judge
     share, digits = recognize(pixels)
-    with capsys.disabled():
-        print(
-            f"\n{name}: recognized {share:.3f} of the samples, {real:.3f} of real digits, "
-            f"ratio {share / real:.3f}; each digit {digits.min():.3f} to {digits.max():.3f}"
-        )
+    record_property(
+        "measured",
+        f"{name}: recognized {share:.3f} of the samples, {real:.3f} of real digits, "
+        f"ratio {share / real:.3f}; each digit {digits.min():.3f} to {digits.max():.3f}",
+    )
     assert share / real >= bar
     assert digits.min() >= 0.05
     assert digits.max() <= 0.15
@@ -71,9 +71,9 @@ def test_the_judge_needs_both_halves_of_the_bar(judge):
 
 
 @pytest.mark.parametrize(("step", "steps"), [(ddim, 50), (ancestral, 100)])
-def test_shipped_digits_are_digits(judge, capsys, step, steps):
+def test_shipped_digits_are_digits(judge, record_property, step, steps):
     pixels = thousand(checkpoint.load("digits"), step, steps)
-    hold(judge, pixels, 0.95, f"shipped, {step.__name__}, {steps} steps", capsys)
+    hold(judge, pixels, 0.95, f"shipped, {step.__name__}, {steps} steps", record_property)
 
 
 def test_shipped_weights_say_how_they_were_made():
@@ -85,8 +85,9 @@ def test_shipped_weights_say_how_they_were_made():
     assert facts["step"] == config.train.steps
 
 
-def test_training_digits_from_nothing_gives_digits(judge, capsys, tmp_path):
+def test_training_digits_from_nothing_gives_digits(judge, record_property, tmp_path):
     main(["train", "digits", "--out", str(tmp_path / "run")])
     _, _, facts = checkpoint.read(tmp_path / "run")
     pixels = thousand(checkpoint.load(tmp_path / "run"), ddim, 50)
-    hold(judge, pixels, 0.85, f"from nothing in {facts['seconds']} s, ddim, 50 steps", capsys)
+    name = f"from nothing in {facts['seconds']} s, ddim, 50 steps"
+    hold(judge, pixels, 0.85, name, record_property)
