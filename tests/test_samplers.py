@@ -85,6 +85,367 @@ def test_impossible_numbers_of_steps_are_refused(make, steps):
 STRAIGHT = Schedule(1 - torch.arange(101) / 100, torch.arange(101) / 100)  # no signal at T
 
 
+@pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("schedule", [linear(100), cosine(100), STRAIGHT])
+def test_every_grid_falls_from_T_to_0_in_the_steps_asked_for(make, schedule):
+    for steps in (1, 2, 7, 50, 99, 100):
+        grid = make(schedule, steps)
+        if make is GRIDS["ddim-quadratic"]:
+            assert steps > 9 or len(grid) == steps + 1
+            assert (grid[0], grid[-2:]) == (81 if steps > 1 else 1, [1, 0])
+        else:
+            assert len(grid) == steps + 1 and (grid[0], grid[-1]) == (100, 0)
+        assert all(t > s for t, s in itertools.pairwise(grid))
+    assert make(Schedule([1, 0], [0, 1]), 1) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "make, even",
+    [
+        (log_snr_grid, lambda ratio: math.log(ratio)),
+        (karras_grid, lambda ratio: ratio ** (-1 / 7)),
+    ],
+)
+def test_grids_are_even_in_the_variable_they_name(make, even):
+    schedule = linear(20_000)
+    ratio = (schedule.signal / schedule.noise).tolist()
+    grid = make(schedule, 12)
+    assert grid[-2:] == [1, 0]
+    gaps = [even(ratio[t]) - even(ratio[s]) for t, s in itertools.pairwise(grid[:-1])]
+    # The last gaps are coarse: near t = 1 the times are few.
+    assert_close(gaps[:-3], [sum(gaps) / len(gaps)] * (len(gaps) - 3), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("S", [10, 20, 50, 100, 1000])
+def test_ddim_quadratic_grid_is_that_of_the_authors(S):
+    """ermongroup/ddim counts from 0, steps to seq_next, and ends with the step from 0 to -1."""
+    seq = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), S) ** 2]
+    steps = list(zip(reversed(seq), reversed([-1, *seq[:-1]])))
+    moves = [(i + 1, j + 1) for i, j in steps if i != j]  # from i to i, nothing changes
+    grid = ddim_quadratic_grid(1000, S)
+    assert list(itertools.pairwise(grid)) == moves and (grid[0], grid[-2:]) == (801, [1, 0])
+    assert len(grid) == S + 1 or S > 29
+
+
+# One step
+
+
+@pytest.mark.parametrize(
+    "grid, clip",
+    [
+        (range(1000, -1, -1), True),
+        (quadratic_grid(1000, 50), True),
+        (quadratic_grid(1000, 50), False),
+    ],
+)
+def test_ddim_with_eta_1_is_ancestral_with_small_variance(grid, clip):
+    denoiser, x = Denoiser(network, linear(1000), variance="small"), normal(4, 6)
+    options = dict(clip=clip)
+    for one, other in zip(
+        sample_path(denoiser, x, grid, ancestral, generator=seeded(), **options),
+        sample_path(denoiser, x, grid, ddim, eta=1.0, generator=seeded(), **options),
+    ):
+        assert one.t == other.t
+        assert_close(one.x, other.x, rtol=1e-10, atol=1e-10)
+    assert one.x.abs().max() > 0.01
+
+
+def scheduler(kind, n, **options):
+    """Theirs, with its float32 tables replaced by the formula in float64."""
+    theirs = kind(
+        num_train_timesteps=1000, beta_schedule="linear", timestep_spacing="trailing", **options
+    )
+    theirs.alphas_cumprod, theirs.one = (1 - BETA).cumprod(0), torch.tensor(1.0).double()
+    theirs.final_alpha_cumprod = theirs.one
+    theirs.set_timesteps(n)
+    return theirs
+
+
+@pytest.mark.parametrize("n", [100, 20])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("predicts, theirs", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_ddim_is_that_of_diffusers(predicts, theirs, eta, n):
+    other = scheduler(DDIMScheduler, n, set_alpha_to_one=True, prediction_type=theirs)
+    x, theirs_rng = normal(3, 6), seeded(5)
+    denoiser = Denoiser(network, linear(1000), predicts)
+    path = sample_path(denoiser, x, uniform_grid(1000, n), ddim, eta=eta, generator=seeded(5))
+    for stop, t in zip(path, other.timesteps):
+        guess = network(x, (t + 1).expand(3))
+        step = dict(eta=eta, use_clipped_model_output=True, generator=theirs_rng)
+        # At the last step they draw noise of size 0.
+        x = other.step(guess, t, x, **step).prev_sample
+        assert_close(stop.x, x, rtol=1e-8, atol=1e-8)
+    assert stop.t == 0
+
+
+@pytest.mark.parametrize("n", [1000, 20])
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestral_is_ddpm_of_diffusers(variance, n):
+    other = scheduler(DDPMScheduler, n, variance_type=f"fixed_{variance}", clip_sample=True)
+    x, theirs_rng = normal(3, 6), seeded(5)
+    denoiser = Denoiser(network, linear(1000), variance=variance)
+    path = sample_path(denoiser, x, uniform_grid(1000, n), generator=seeded(5))
+    for stop, t in zip(path, other.timesteps):
+        if stop.t == 0 and n < 1000:
+            break  # theirs adds noise to the final image
+        guess = network(x, (t + 1).expand(3))
+        x = other.step(guess, t, x, generator=theirs_rng).prev_sample
+        assert_close(stop.x, x, rtol=1e-8, atol=1e-8)
+
+
+def test_learned_variance_sets_the_noise_of_each_pixel():
+    raw, xt, t = 2 * normal(2, 3).sigmoid() - 1, normal(2, 3, seed=1), 300
+    denoiser = Denoiser(lambda x, t: torch.cat([x, raw], 1), linear(1000), variance="learned")
+    ours, prediction = ancestral(denoiser, xt, t, t - 1, generator=seeded())
+    mean, _ = denoiser.reverse(xt, t, t - 1, prediction)
+    bar, beta = (1 - BETA).cumprod(0), BETA[t - 1]
+    small = beta * (1 - bar[t - 2]) / (1 - bar[t - 1])
+    v = (raw + 1) / 2
+    std = ((v * beta.log() + (1 - v) * small.log()) / 2).exp()
+    assert_close(ours - mean, std * normal(2, 3), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "step, draws", [(ancestral, 4), (ddim, 0), (reverse_diffusion, 4), (predictor_corrector, 8)]
+)
+def test_noise_is_drawn_at_every_step_but_the_last(step, draws):
+    rng, x = seeded(), normal(2, 3)
+    end = sample(Denoiser(network, linear(1000)), x, uniform_grid(1000, 5), step, generator=rng)
+    if step in (ancestral, ddim):
+        assert end.abs().max() <= 1  # the last step returns the predicted image itself, clipped
+    expected = seeded()
+    for _ in range(draws):
+        torch.randn(2, 3, dtype=torch.float64, generator=expected)
+    assert torch.equal(rng.get_state(), expected.get_state())
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_reverse_diffusion_is_the_formula_of_the_paper(eta):
+    """With one step of the chain it is that of Score SDE app. E, in beta_t."""
+    xt, t = normal(2, 3), 700
+    ours, _ = reverse_diffusion(
+        Denoiser(network, linear(1000)), xt, t, t - 1, eta=eta, clip=False, generator=seeded(1)
+    )
+    beta, bar = BETA[t - 1], (1 - BETA).cumprod(0)[t - 1]
+    score = -network(xt, torch.full((2,), t)) / (1 - bar).sqrt()
+    share = 1 if eta else 0.5
+    theirs = (2 - (1 - beta).sqrt()) * xt + share * beta * score
+    assert_close(ours, theirs + eta * beta.sqrt() * normal(2, 3, seed=1), rtol=1e-9, atol=1e-9)
+
+
+def test_predictor_corrector_is_a_step_and_langevin_updates():
+    denoiser, xt, rng = Denoiser(network, linear(1000)), normal(2, 3), seeded(1)
+    ours, prediction = predictor_corrector(
+        denoiser, xt, 500, 400, predictor=ddim, rounds=3, snr=0.1, generator=seeded(1)
+    )
+    xs, expected = ddim(denoiser, xt, 500, 400)
+    noise = (1 - (1 - BETA).cumprod(0)[399]).sqrt()
+    for _ in range(3):
+        h = 2 * (0.1 * noise) ** 2
+        score = -denoiser(xs, 400, clip=True).eps / noise
+        z = torch.randn(xs.shape, dtype=xs.dtype, generator=rng)
+        xs = xs + h * score + (2 * h).sqrt() * z
+    assert_close(ours, xs, rtol=1e-9, atol=1e-9)
+    assert_close(prediction.x0, expected.x0, rtol=0, atol=0)
+    last, _ = predictor_corrector(denoiser, xt, 500, 0, predictor=ddim, generator=rng)
+    assert_close(last, ddim(denoiser, xt, 500, 0)[0], rtol=0, atol=0)
+
+
+# Exact denoisers
+
+
+def moments(schedule, grid, mean, var, step, eta, variance):
+    """Mean and variance of the sampler's output on N(mean, var), one coordinate: all is affine."""
+    m, v = 0.0, 1.0
+    bar = schedule.alpha_bar.tolist()
+    for t, s in itertools.pairwise(grid):
+        gain = bar[t] ** 0.5 * var / (bar[t] * var + 1 - bar[t])
+        x0 = (gain, mean * (1 - gain * bar[t] ** 0.5))  # E[x_0 | x_t] = x0[0] x_t + x0[1]
+        beta = 1 - bar[t] / bar[s]
+        small = beta * (1 - bar[s]) / (1 - bar[t])
+        if step is reverse_diffusion:
+            total = bar[t] * var + 1 - bar[t]
+            noise = 0 if s == 0 else eta**2 * beta
+            a = 2 - (bar[t] / bar[s]) ** 0.5 - (1 + eta**2) / 2 * beta / total
+            m = a * m + (1 + eta**2) / 2 * beta / total * bar[t] ** 0.5 * mean
+            v = a**2 * v + noise
+            continue
+        if step is ancestral:
+            noise = 0 if s == 0 else {"small": small, "large": beta}[variance]
+            on_x0 = bar[s] ** 0.5 * beta / (1 - bar[t])
+            on_xt = (bar[t] / bar[s]) ** 0.5 * (1 - bar[s]) / (1 - bar[t])
+        else:
+            noise = eta**2 * small
+            on_xt = ((1 - bar[s] - noise) / (1 - bar[t])) ** 0.5
+            on_x0 = bar[s] ** 0.5 - bar[t] ** 0.5 * on_xt
+        a = on_x0 * x0[0] + on_xt
+        m, v = a * m + on_x0 * x0[1], a**2 * v + noise
+    return m, v
+
+
+@pytest.mark.parametrize(
+    "step, eta, variance",
+    [
+        (ancestral, 0, "small"),
+        (ancestral, 0, "large"),
+        (ddim, 0.0, "small"),
+        (ddim, 0.6, "small"),
+        (reverse_diffusion, 0.0, "small"),
+        (reverse_diffusion, 0.6, "small"),
+        (reverse_diffusion, 1.5, "small"),
+    ],
+)
+@pytest.mark.parametrize("steps", [6, 60])
+def test_sampler_of_a_gaussian_has_the_moments_of_its_recursion(step, eta, variance, steps):
+    n, angle = 20_000, torch.tensor(0.5).double()
+    axes = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    mean, var = torch.tensor([0.5, -1.0]).double(), torch.tensor([0.6, 0.02]).double()
+    data = gaussian(axes @ mean, axes * var @ axes.T)
+    schedule, grid = linear(1000), quadratic_grid(1000, steps)
+    options = dict(clip=False, generator=seeded(9)) | ({} if step is ancestral else dict(eta=eta))
+    x = sample(data.denoiser(schedule, "eps", variance), normal(n, 2), grid, step, **options)
+    x = x @ axes  # along the principal axes
+    expected = [
+        moments(schedule, grid, m, v, step, eta, variance)
+        for m, v in zip(mean.tolist(), var.tolist())
+    ]
+    for i, (m, v) in enumerate(expected):
+        assert_close(x[:, i].mean().item(), m, rtol=0, atol=4 * (v / n) ** 0.5)
+        assert_close(x[:, i].var().item(), v, rtol=4 * (2 / n) ** 0.5, atol=0)
+    correlation = x.T.corrcoef()[0, 1].item()
+    assert abs(correlation) < 4 / n**0.5
+
+
+@pytest.mark.parametrize("schedule", [linear(1000), cosine(1000)], ids=["linear", "cosine"])
+def test_discretization_error_of_ddim_shrinks_with_the_step(schedule):
+    denoiser = gaussian([0.3], [[0.25]]).denoiser(schedule)
+    signal, noise = schedule.at(schedule.T)
+    # x_T = its mean, and one standard deviation above: the flow takes them to 0.3 and 0.8.
+    x = torch.stack([signal * 0.3, signal * 0.3 + (signal**2 * 0.25 + noise**2).sqrt()])[:, None]
+    ends = [sample(denoiser, x, uniform_grid(1000, n), ddim, clip=False) for n in (25, 100, 400)]
+    errors = [abs((end[1] - end[0]).item() - 0.5) for end in ends]
+    assert_close([end[0].item() for end in ends], [0.3] * 3, rtol=0, atol=1e-9)
+    assert errors[1] < errors[0] / 2.5 and errors[2] < errors[1] / 2.5 and errors[2] < 0.01
+
+
+THEIRS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def multistep(n, order, predicts="epsilon"):
+    """Theirs, at the times of uniform_grid(1000, n) less one, with their tables in float64."""
+    options = dict(algorithm_type="dpmsolver++", solver_order=order, solver_type="midpoint")
+    other = DPMSolverMultistepScheduler(
+        beta_schedule="linear", timestep_spacing="trailing", prediction_type=predicts,
+        final_sigmas_type="zero", lower_order_final=False, **options
+    )  # fmt: skip
+    other.set_timesteps(n)
+    bar = (1 - BETA).cumprod(0)[other.timesteps]
+    other.sigmas = torch.cat([((1 - bar) / bar).sqrt(), torch.zeros(1)])
+    return other
+
+
+def add_the_missing_half(other):
+    """Their third-order update, with D2 twice what it is there.
+
+    D2 is h^2 times a second divided difference, half of h^2 x0''; the Taylor series wants all of it
+    (in `singlestep_dpm_solver_third_order_update` D2 has its factor 2).
+    """
+    theirs = other.multistep_dpm_solver_third_order_update
+
+    def corrected(outputs, sample, **_):
+        k = other.step_index
+        lam = -other.sigmas[k - 2 : k + 2].log()
+        h1, h0, h = lam.diff()
+        m2, m1, m0 = outputs
+        second = 2 * ((m0 - m1) / h0 - (m1 - m2) / h1) / (h0 + h1)
+        alpha = 1 / (1 + other.sigmas[k + 1] ** 2).sqrt()
+        missing = alpha * (h**2 / 2 - h - torch.expm1(-h)) * second / 2
+        return theirs(outputs, sample=sample) + missing
+
+    other.multistep_dpm_solver_third_order_update = corrected
+
+
+@THEIRS
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("n", [5, 20])
+def test_dpm_solver_is_that_of_diffusers(predicts, n, order):
+    other = multistep(n, order, predicts)
+    if order == 3:
+        add_the_missing_half(other)
+    x = normal(3, 6)
+    ours = {"epsilon": "eps", "v_prediction": "v"}[predicts]
+    denoiser = Denoiser(network, linear(1000), ours)
+    step = partial(DPMSolver, order=order)
+    path = sample_path(denoiser, x, uniform_grid(1000, n), step, clip=False)
+    for stop, t in zip(path, other.timesteps):
+        x = other.step(network(x, (t + 1).expand(3)), t, x).prev_sample
+        assert_close(stop.x, x, rtol=1e-5, atol=1e-5)  # their state passes through float32
+    assert stop.t == 0
+
+
+def nodes(schedule, grid, order):
+    """The grid with the times between that the single-step solver takes."""
+    lam = (schedule.signal.log() - schedule.noise.log()).tolist()
+    stops = [grid[0]]
+    for t, s in itertools.pairwise(grid[:-1]):
+        for k in range(1, order):
+            target = lam[t] + k / order * (lam[s] - lam[t])
+            stops.append(min(range(s + 1, t), key=lambda u: abs(lam[u] - target)))
+        stops.append(s)
+    return stops
+
+
+@THEIRS
+@pytest.mark.parametrize("order", [2, 3])
+def test_single_step_dpm_solver_is_that_of_diffusers(order):
+    """One call a step there. Their second stage of order 3 is alg. 2's with solver_type heun."""
+    schedule, grid = linear(1000), [1000, 800, 500, 200, 20, 0]
+    other = DPMSolverSinglestepScheduler(
+        beta_schedule="linear", solver_order=order, algorithm_type="dpmsolver",
+        solver_type="midpoint", final_sigmas_type="sigma_min", lower_order_final=True
+    )  # fmt: skip
+    times = nodes(schedule, grid, order)
+    other.set_timesteps(len(times))
+    other.timesteps = torch.tensor(times) - 1
+    bar = (1 - BETA).cumprod(0)[other.timesteps]
+    other.sigmas = torch.cat([((1 - bar) / bar).sqrt(), torch.ones(1)])
+    other.order_list = (list(range(1, order + 1)) * len(grid))[: len(times)]
+    x, ends = normal(3, 6), {}
+    step, denoiser = partial(dpm_solver, order=order), Denoiser(network, schedule)
+    path = {stop.t: stop.x for stop in sample_path(denoiser, x, grid, step, clip=False)}
+    for k, t in enumerate(times[:-1]):
+        stage = other.order_list[k]
+        other.register_to_config(solver_type="heun" if stage == 2 < order else "midpoint")
+        x = other.step(network(x, torch.full((3,), t)), torch.tensor(t - 1), x).prev_sample
+        ends[times[k + 1]] = x
+    for t in grid[1:-1]:
+        assert_close(path[t], ends[t], rtol=1e-5, atol=1e-5)
+    assert_close(path[0], ddim(denoiser, path[20], 20, 0, clip=False)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("step", [partial(dpm_solver, order=1), partial(DPMSolver, order=1)])
+def test_first_order_is_ddim(step, clip):
+    denoiser, x, grid = Denoiser(network, linear(1000)), normal(3, 6), quadratic_grid(1000, 12)
+    paths = [sample_path(denoiser, x, grid, one, clip=clip) for one in (step, ddim)]
+    for ours, other in zip(*paths):
+        assert_close(ours.x, other.x, rtol=1e-12, atol=1e-12)
+
+
+def test_single_step_calls_the_network_where_it_says():
+    """At t and in equal parts of lambda; fewer times where there are no times between."""
+    calls = []
+    denoiser = Denoiser(lambda x, t: calls.append(t[0].item()) or network(x, t), linear(1000))
+    for order, t, s in [(1, 900, 300), (2, 900, 300), (3, 900, 300), (3, 9, 7), (2, 9, 8),
+                        (3, 9, 8), (2, 9, 0), (3, 9, 0), (3, 9, 6)]:  # fmt: skip
+        calls.append("")
+        dpm_solver(denoiser, normal(2, 3), t, s, order=order)
+    expected = [nodes(linear(1000), [900, 300, 0], k)[:-1] for k in (1, 2, 3)]
+    expected += [[9, 8], [9], [9], [9], [9], [9, 8, 7]]
+    assert calls == [call for few in expected for call in ["", *few]]
+
+
 @pytest.mark.parametrize("make", [DPMSolver, partial(dpm_solver, None, None, 2, 1)])
 @pytest.mark.parametrize("order", [0, 4, 1.5])
 def test_impossible_order_is_refused(make, order):
