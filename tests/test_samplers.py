@@ -397,6 +397,7 @@ def nodes(schedule, grid, order):
 
 
 @THEIRS
+@pytest.mark.filterwarnings("ignore:`algorithm_types=dpmsolver` is deprecated:FutureWarning")
 @pytest.mark.parametrize("order", [2, 3])
 def test_single_step_dpm_solver_is_that_of_diffusers(order):
     """One call a step there. Their second stage of order 3 is alg. 2's with solver_type heun."""
@@ -539,7 +540,7 @@ def test_heun_is_worth_it_where_hardly_any_signal_is_left(schedule, kind):
     denoiser, x = gaussian([0.3], [[0.25]]).denoiser(schedule, "v"), normal(200, 1)
     grid = GRIDS[kind](schedule, 10)
     one, two = (sample(denoiser, x, grid, step, clip=False) for step in (ddim, heun))
-    true = flow(schedule, x, schedule.T, 0)
+    true = flow(schedule, x, grid[0], 0)
     errors = [(end - true).square().mean().sqrt() for end in (one, two)]
     assert errors[1] < errors[0] / 2 and errors[1] < 0.12
 
@@ -558,8 +559,9 @@ def test_one_solver_object_walks_one_path(step):
 def test_flow_without_signal_at_T_is_followed(step):
     denoiser = gaussian([0.3], [[0.25]]).denoiser(STRAIGHT, "v")
     x = normal(20, 1)
-    end = sample(denoiser, x, range(100, -1, -1), step, clip=False)
-    assert_close(end, 0.3 + 0.5 * x, rtol=0, atol=0.02 if step is ddim else 0.002)
+    grid = range(100, -1, -4 if step in SINGLE else -1)  # these need times between
+    end = sample(denoiser, x, grid, step, clip=False)
+    assert_close(end, 0.3 + 0.5 * x, rtol=0, atol=0.02 if step is ddim else 0.006)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
