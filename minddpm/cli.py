@@ -49,12 +49,21 @@ class Sampling:
     """How samples are drawn."""
 
     sampler: Literal[
-        "ddim", "ancestral", "heun", "dpm-solver", "reverse-diffusion", "predictor-corrector"
+        "ddim",
+        "ancestral",
+        "heun",
+        "dpm-solver",
+        "dpm-solver-3m",
+        "dpm-solver-single-2",
+        "dpm-solver-single-3",
+        "reverse-diffusion",
+        "predictor-corrector",
     ] = "ddim"
     """The step."""
     steps: int = 50
-    """Steps a sample, a network call each; two with heun and predictor-corrector."""
-    grid: Literal["uniform", "quadratic", "log-snr", "karras"] = "uniform"
+    """Steps a sample: a network call each, two with heun, predictor-corrector and
+    dpm-solver-single-2, three with dpm-solver-single-3."""
+    grid: Literal["uniform", "quadratic", "ddim-quadratic", "log-snr", "karras"] = "uniform"
     """How the steps are spread over time."""
     eta: float | None = None
     """Noise of ddim (0 unless given: none; 1: ancestral) or reverse-diffusion (1; 0: an ODE)."""

@@ -10,7 +10,8 @@ A step takes (denoiser, x_t, t, s) to x_s and says what it predicted on the way:
       eta = 0       one Euler step of the probability-flow ODE
       eta = 1       one Euler step of the reverse SDE
     predictor_corrector   any of these, then Langevin updates at s
-    heun, DPMSolver       the probability-flow ODE to second order
+    heun                  the probability-flow ODE to second order
+    dpm_solver, DPMSolver the same to any order up to 3, from calls within a step or from past ones
 """
 
 from collections.abc import Callable, Iterator
@@ -55,6 +56,19 @@ def quadratic_grid(T: int, steps: int) -> list[int]:
     return [min(t, T - (steps - k)) for k, t in enumerate(grid)][::-1]
 
 
+def ddim_quadratic_grid(T: int, steps: int) -> list[int]:
+    """The quadratic grid of the authors' code, on which DDIM's Table 1 stands (DDIM app. D.2).
+
+    Counted from 0 as there, the k-th of `steps` times is 0.8 T (k / (steps - 1))^2, rounded down: a
+    path begins with N(0, I) at about 0.8 T and makes its last noisy stop at t = 1. Of times that
+    round to the same one is kept, since a step between them does nothing: from some sqrt(0.8 T)
+    steps on there are fewer than asked for.
+    """
+    check_steps(T, steps)
+    last = max(steps - 1, 1)
+    return sorted({0} | {1 + 4 * T * k**2 // (5 * last**2) for k in range(steps)}, reverse=True)
+
+
 def log_snr_grid(schedule: Schedule, steps: int) -> list[int]:
     """T = t_0 > ... > t_steps = 0; log SNR rises evenly up to t = 1 (DPM-Solver sec. 3.3)."""
     return even_grid(schedule, schedule.log_snr[1:], steps)
@@ -84,6 +98,7 @@ def even_grid(schedule: Schedule, table: Tensor, steps: int) -> list[int]:
 GRIDS = {
     "uniform": lambda schedule, steps: uniform_grid(schedule.T, steps),
     "quadratic": lambda schedule, steps: quadratic_grid(schedule.T, steps),
+    "ddim-quadratic": lambda schedule, steps: ddim_quadratic_grid(schedule.T, steps),
     "log-snr": log_snr_grid,
     "karras": karras_grid,
 }
@@ -190,30 +205,100 @@ def heun(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, clip=True, generator
     return xs + cast((signal_s - shrink * signal_t) * part, xt) * change, prediction
 
 
-class DPMSolver:
-    """DPM-Solver++ 2M: a DDIM step with x0 extrapolated from the last two predictions.
+def dpm_solver(
+    denoiser: Denoiser, xt: Tensor, t: int, s: int, *, order=2, clip=True, generator=None
+):
+    """Single-step DPM-Solver of order 1, 2 or 3: (x_s, prediction at t) (DPM-Solver alg. 1, 2).
 
-    One network call a step. The object remembers a step, so each path needs its own: `sample` and
-    `sample_path` make one where they are given the class (DPM-Solver++ alg. 2).
+    `order` network calls: at t, and at the integer times nearest to 1/2, or to 1/3 and 2/3, of the
+    way from t to s in the log of signal over noise; the formulas take the parts as they are. Order
+    1 is DDIM; so is a step to s = 0, or from no signal. Where t - s < order, t - s is the order.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order}")
+    schedule, start = denoiser.schedule, log_ratio(denoiser.schedule, t)
+    h = log_ratio(schedule, s) - start
+    xs, prediction = ddim(denoiser, xt, t, s, clip=clip)
+    order = min(order, t - s) if h.isfinite() else 1
+    if order == 1:
+        return xs, prediction
+    u = time_near(schedule, t, s + order - 2, start + h / order)
+    change = denoiser(mix(schedule, prediction, u), u, clip=clip).eps - prediction.eps
+    r, (_, noise) = (log_ratio(schedule, u) - start) / h, schedule.at(s)
+    if order == 2:
+        return xs - cast(noise * torch.expm1(h) / (2 * r), xt) * change, prediction
+    v = time_near(schedule, u, s, start + 2 * h / 3)
+    reach, (_, noise_v) = log_ratio(schedule, v) - start, schedule.at(v)
+    bend = reach / (r * h) * noise_v * (torch.expm1(reach) / reach - 1)
+    xv = mix(schedule, prediction, v) - cast(bend, xt) * change
+    change = denoiser(xv, v, clip=clip).eps - prediction.eps
+    weight = noise * (torch.expm1(h) / h - 1) * h / reach
+    return xs - cast(weight, xt) * change, prediction
+
+
+def mix(schedule: Schedule, prediction: Prediction, s: int) -> Tensor:
+    """signal_s * x0 + noise_s * eps: where DDIM's step ends, (B, ...) (DDIM eq. 12)."""
+    signal, noise = schedule.scales(s, like=prediction.x0)
+    return signal * prediction.x0 + noise * prediction.eps
+
+
+def log_ratio(schedule: Schedule, t: int) -> Tensor:
+    """lambda_t = log(signal / noise), half the log SNR; infinite at t = 0 (DPM-Solver sec. 3.1)."""
+    signal, noise = schedule.at(t)
+    return signal.log() - noise.log()
+
+
+def time_near(schedule: Schedule, t: int, s: int, ratio: Tensor) -> int:
+    """The time between t and s, without them, whose log_ratio is nearest (DPM-Solver sec. 3.4)."""
+    table = schedule.signal[s + 1 : t].log() - schedule.noise[s + 1 : t].log()
+    return s + 1 + (table - ratio).abs().argmin().item()
+
+
+class DPMSolver:
+    """DPM-Solver++ 2M, or 3M with order=3: x0 extrapolated from the last two or three predictions.
+
+    One network call a step. The object remembers steps, so each path needs its own: `sample` and
+    `sample_path` make one where they are given the class, or partial(DPMSolver, order=3). 2M is
+    DPM-Solver++'s algorithm (DPM-Solver++ alg. 2). 3M integrates the parabola through three
+    predictions; the authors' code halves its last term, and with it falls back to second order.
     """
 
-    def __init__(self):
-        self.past = None
+    def __init__(self, order: int = 2):
+        if order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {order}")
+        self.order, self.past = order, []
 
     def __call__(
         self, denoiser: Denoiser, xt: Tensor, t: int, s: int, *, clip=True, generator=None
     ):
         """(x_s, prediction at t); the first step, and the one to s = 0, are DDIM's."""
-        log_snr = denoiser.schedule.log_snr
         prediction = denoiser(xt, t, clip=clip)
-        x0, (before, past) = prediction.x0, self.past or (None, None)
-        if past is not None and s > 0:
-            ratio = (log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[before])
-            x0 = x0 + cast(ratio / 2, xt) * (x0 - past)
         (signal_t, noise_t), (signal_s, noise_s) = (denoiser.schedule.at(u) for u in (t, s))
         shrink = noise_s / noise_t
-        self.past = t, prediction.x0
-        return cast(shrink, xt) * xt + cast(signal_s - shrink * signal_t, xt) * x0, prediction
+        whole = signal_s - shrink * signal_t
+        xs = cast(shrink, xt) * xt + cast(whole, xt) * prediction.x0
+        now = log_ratio(denoiser.schedule, t)
+        self.past = [*self.past, (now, prediction.x0)][-self.order :]
+        if s > 0 and len(self.past) > 1:
+            gaps = [after - before for (before, _), (after, _) in pairwise(self.past)]
+            h = log_ratio(denoiser.schedule, s) - now
+            for weight, (_, x0), (_, after) in zip(
+                newton_weights(gaps, h, signal_s, whole), self.past, self.past[1:]
+            ):
+                xs = xs + cast(weight, xt) * (after - x0)
+        return xs, prediction
+
+
+def newton_weights(gaps: list[Tensor], h: Tensor, signal: Tensor, whole: Tensor) -> list[Tensor]:
+    """What the last differences of x0 are multiplied by, the oldest first (DPM-Solver++ sec. 4).
+
+    gaps: the steps of log_ratio between the past predictions; h: the step to come.
+    """
+    if len(gaps) == 1:  # 2M takes the slope at half of the step for the whole of it
+        return [whole * h / (2 * gaps[0])]
+    line = signal * h - whole  # signal times the integral of e^(u - h) u, u from 0 to h
+    curve = (line * gaps[1] + signal * h**2 - 2 * line) / (gaps[0] + gaps[1])
+    return [-curve / gaps[0], (line + curve) / gaps[1]]
 
 
 STEPS = {
@@ -223,6 +308,9 @@ STEPS = {
     "predictor-corrector": predictor_corrector,
     "heun": heun,
     "dpm-solver": DPMSolver,
+    "dpm-solver-3m": partial(DPMSolver, order=3),
+    "dpm-solver-single-2": dpm_solver,
+    "dpm-solver-single-3": partial(dpm_solver, order=3),
 }
 
 
@@ -234,7 +322,8 @@ def sample_path(
     x: (B, ...) at time grid[0], pure noise N(0, I) where grid[0] = T. options go to the step
     (`clip`, `eta`, `generator`). Raises ValueError for a grid that does not fall to 0.
     """
-    step = partial(step() if isinstance(step, type) else step, **options)
+    made = isinstance(getattr(step, "func", step), type)  # a class, or a partial of one
+    step = partial(step() if made else step, **options)
     for t, s in pairwise(check_grid(denoiser.schedule, grid)):
         with torch.no_grad():
             x, prediction = step(denoiser, x, t, s)

@@ -262,11 +262,15 @@ OPTIONS = [
     "--steps 5 --seed 1",
     "--steps 5 --sampler heun",
     "--steps 5 --sampler dpm-solver",
+    "--steps 5 --sampler dpm-solver-3m",
+    "--steps 5 --sampler dpm-solver-single-2",
+    "--steps 3 --sampler dpm-solver-single-3",
     "--steps 5 --sampler reverse-diffusion",
     "--steps 5 --sampler reverse-diffusion --eta 0",
     "--steps 5 --sampler predictor-corrector",
     "--steps 5 --grid log-snr",
     "--steps 5 --grid karras",
+    "--steps 5 --grid ddim-quadratic",
     "--steps 5 --frames 3",
 ]
 

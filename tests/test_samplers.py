@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     HeunDiscreteScheduler,
 )
 from torch.testing import assert_close
@@ -20,6 +23,8 @@ from minddpm.samplers import (
     DPMSolver,
     ancestral,
     ddim,
+    ddim_quadratic_grid,
+    dpm_solver,
     heun,
     karras_grid,
     langevin,
@@ -33,7 +38,9 @@ from minddpm.samplers import (
 )
 from minddpm.schedule import Schedule, cosine, linear
 
-STEPS = [ancestral, ddim, reverse_diffusion, predictor_corrector, heun, DPMSolver]
+SINGLE_3, MULTI_3 = partial(dpm_solver, order=3), partial(DPMSolver, order=3)
+STEPS = [ancestral, ddim, reverse_diffusion, predictor_corrector, heun, DPMSolver, MULTI_3]
+SINGLE = [dpm_solver, SINGLE_3]  # these ask the network between t and s, too
 CALLS_AT_S = [predictor_corrector, heun]  # these ask the network at s, too
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 
@@ -83,7 +90,11 @@ STRAIGHT = Schedule(1 - torch.arange(101) / 100, torch.arange(101) / 100)  # no 
 def test_every_grid_falls_from_T_to_0_in_the_steps_asked_for(make, schedule):
     for steps in (1, 2, 7, 50, 99, 100):
         grid = make(schedule, steps)
-        assert len(grid) == steps + 1 and (grid[0], grid[-1]) == (100, 0)
+        if make is GRIDS["ddim-quadratic"]:
+            assert steps > 9 or len(grid) == steps + 1
+            assert (grid[0], grid[-2:]) == (81 if steps > 1 else 1, [1, 0])
+        else:
+            assert len(grid) == steps + 1 and (grid[0], grid[-1]) == (100, 0)
         assert all(t > s for t, s in itertools.pairwise(grid))
     assert make(Schedule([1, 0], [0, 1]), 1) == [1, 0]
 
@@ -103,6 +114,17 @@ def test_grids_are_even_in_the_variable_they_name(make, even):
     gaps = [even(ratio[t]) - even(ratio[s]) for t, s in itertools.pairwise(grid[:-1])]
     # The last gaps are coarse: near t = 1 the times are few.
     assert_close(gaps[:-3], [sum(gaps) / len(gaps)] * (len(gaps) - 3), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("S", [10, 20, 50, 100, 1000])
+def test_ddim_quadratic_grid_is_that_of_the_authors(S):
+    """ermongroup/ddim counts from 0, steps to seq_next, and ends with the step from 0 to -1."""
+    seq = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), S) ** 2]
+    steps = list(zip(reversed(seq), reversed([-1, *seq[:-1]])))
+    moves = [(i + 1, j + 1) for i, j in steps if i != j]  # from i to i, nothing changes
+    grid = ddim_quadratic_grid(1000, S)
+    assert list(itertools.pairwise(grid)) == moves and (grid[0], grid[-2:]) == (801, [1, 0])
+    assert len(grid) == S + 1 or S > 29
 
 
 # One step
@@ -309,11 +331,9 @@ def test_discretization_error_of_ddim_shrinks_with_the_step(schedule):
 THEIRS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@THEIRS
-@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("n", [5, 20])
-def test_dpm_solver_is_that_of_diffusers(predicts, n):
-    options = dict(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
+def multistep(n, order, predicts="epsilon"):
+    """Theirs, at the times of uniform_grid(1000, n) less one, with their tables in float64."""
+    options = dict(algorithm_type="dpmsolver++", solver_order=order, solver_type="midpoint")
     other = DPMSolverMultistepScheduler(
         beta_schedule="linear", timestep_spacing="trailing", prediction_type=predicts,
         final_sigmas_type="zero", lower_order_final=False, **options
@@ -321,14 +341,117 @@ def test_dpm_solver_is_that_of_diffusers(predicts, n):
     other.set_timesteps(n)
     bar = (1 - BETA).cumprod(0)[other.timesteps]
     other.sigmas = torch.cat([((1 - bar) / bar).sqrt(), torch.zeros(1)])
+    return other
+
+
+def add_the_missing_half(other):
+    """Their third-order update, with D2 twice what it is there.
+
+    D2 is h^2 times a second divided difference, half of h^2 x0''; the Taylor series wants all of it
+    (in `singlestep_dpm_solver_third_order_update` D2 has its factor 2).
+    """
+    theirs = other.multistep_dpm_solver_third_order_update
+
+    def corrected(outputs, sample, **_):
+        k = other.step_index
+        lam = -other.sigmas[k - 2 : k + 2].log()
+        h1, h0, h = lam.diff()
+        m2, m1, m0 = outputs
+        second = 2 * ((m0 - m1) / h0 - (m1 - m2) / h1) / (h0 + h1)
+        alpha = 1 / (1 + other.sigmas[k + 1] ** 2).sqrt()
+        missing = alpha * (h**2 / 2 - h - torch.expm1(-h)) * second / 2
+        return theirs(outputs, sample=sample) + missing
+
+    other.multistep_dpm_solver_third_order_update = corrected
+
+
+@THEIRS
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("n", [5, 20])
+def test_dpm_solver_is_that_of_diffusers(predicts, n, order):
+    other = multistep(n, order, predicts)
+    if order == 3:
+        add_the_missing_half(other)
     x = normal(3, 6)
     ours = {"epsilon": "eps", "v_prediction": "v"}[predicts]
     denoiser = Denoiser(network, linear(1000), ours)
-    path = sample_path(denoiser, x, uniform_grid(1000, n), DPMSolver, clip=False)
+    step = partial(DPMSolver, order=order)
+    path = sample_path(denoiser, x, uniform_grid(1000, n), step, clip=False)
     for stop, t in zip(path, other.timesteps):
         x = other.step(network(x, (t + 1).expand(3)), t, x).prev_sample
-        assert_close(stop.x, x, rtol=1e-6, atol=1e-6)  # their tables are float32
+        assert_close(stop.x, x, rtol=1e-5, atol=1e-5)  # their state passes through float32
     assert stop.t == 0
+
+
+def nodes(schedule, grid, order):
+    """The grid with the times between that the single-step solver takes."""
+    lam = (schedule.signal.log() - schedule.noise.log()).tolist()
+    stops = [grid[0]]
+    for t, s in itertools.pairwise(grid[:-1]):
+        for k in range(1, order):
+            target = lam[t] + k / order * (lam[s] - lam[t])
+            stops.append(min(range(s + 1, t), key=lambda u: abs(lam[u] - target)))
+        stops.append(s)
+    return stops
+
+
+@THEIRS
+@pytest.mark.filterwarnings("ignore:`algorithm_types=dpmsolver` is deprecated:FutureWarning")
+@pytest.mark.parametrize("order", [2, 3])
+def test_single_step_dpm_solver_is_that_of_diffusers(order):
+    """One call a step there. Their second stage of order 3 is alg. 2's with solver_type heun."""
+    schedule, grid = linear(1000), [1000, 800, 500, 200, 20, 0]
+    other = DPMSolverSinglestepScheduler(
+        beta_schedule="linear", solver_order=order, algorithm_type="dpmsolver",
+        solver_type="midpoint", final_sigmas_type="sigma_min", lower_order_final=True
+    )  # fmt: skip
+    times = nodes(schedule, grid, order)
+    other.set_timesteps(len(times))
+    other.timesteps = torch.tensor(times) - 1
+    bar = (1 - BETA).cumprod(0)[other.timesteps]
+    other.sigmas = torch.cat([((1 - bar) / bar).sqrt(), torch.ones(1)])
+    other.order_list = (list(range(1, order + 1)) * len(grid))[: len(times)]
+    x, ends = normal(3, 6), {}
+    step, denoiser = partial(dpm_solver, order=order), Denoiser(network, schedule)
+    path = {stop.t: stop.x for stop in sample_path(denoiser, x, grid, step, clip=False)}
+    for k, t in enumerate(times[:-1]):
+        stage = other.order_list[k]
+        other.register_to_config(solver_type="heun" if stage == 2 < order else "midpoint")
+        x = other.step(network(x, torch.full((3,), t)), torch.tensor(t - 1), x).prev_sample
+        ends[times[k + 1]] = x
+    for t in grid[1:-1]:
+        assert_close(path[t], ends[t], rtol=1e-5, atol=1e-5)
+    assert_close(path[0], ddim(denoiser, path[20], 20, 0, clip=False)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("step", [partial(dpm_solver, order=1), partial(DPMSolver, order=1)])
+def test_first_order_is_ddim(step, clip):
+    denoiser, x, grid = Denoiser(network, linear(1000)), normal(3, 6), quadratic_grid(1000, 12)
+    paths = [sample_path(denoiser, x, grid, one, clip=clip) for one in (step, ddim)]
+    for ours, other in zip(*paths):
+        assert_close(ours.x, other.x, rtol=1e-12, atol=1e-12)
+
+
+def test_single_step_calls_the_network_where_it_says():
+    """At t and in equal parts of lambda; fewer times where there are no times between."""
+    calls = []
+    denoiser = Denoiser(lambda x, t: calls.append(t[0].item()) or network(x, t), linear(1000))
+    for order, t, s in [(1, 900, 300), (2, 900, 300), (3, 900, 300), (3, 9, 7), (2, 9, 8),
+                        (3, 9, 8), (2, 9, 0), (3, 9, 0), (3, 9, 6)]:  # fmt: skip
+        calls.append("")
+        dpm_solver(denoiser, normal(2, 3), t, s, order=order)
+    expected = [nodes(linear(1000), [900, 300, 0], k)[:-1] for k in (1, 2, 3)]
+    expected += [[9, 8], [9], [9], [9], [9], [9, 8, 7]]
+    assert calls == [call for few in expected for call in ["", *few]]
+
+
+@pytest.mark.parametrize("make", [DPMSolver, partial(dpm_solver, None, None, 2, 1)])
+@pytest.mark.parametrize("order", [0, 4, 1.5])
+def test_impossible_order_is_refused(make, order):
+    with pytest.raises(ValueError, match=f"order must be 1, 2 or 3, got {order}"):
+        make(order=order)
 
 
 @THEIRS
@@ -362,19 +485,39 @@ def flow(schedule, x, t, s, mean=0.3, var=0.25):
     return c * mean + ((c**2 * var + d**2) / (a**2 * var + b**2)).sqrt() * (x - a * mean)
 
 
-@pytest.mark.parametrize("step, order", [(ddim, 1), (heun, 2), (DPMSolver, 2)])
-@pytest.mark.parametrize("schedule", [linear(32_000), cosine(32_000)], ids=["linear", "cosine"])
-def test_solvers_have_their_order(step, order, schedule):
-    """The error at t = 0.1 T, from t = 0.75 T, falls as (number of steps)^-order."""
+def made(step):
+    """A step that is ready to be called: what is a class, or a partial of one, makes it first."""
+    return step() if isinstance(getattr(step, "func", step), type) else step
+
+
+@pytest.mark.parametrize(
+    "step, order, counts",
+    [
+        (ddim, 1, (200, 400, 800)),
+        (heun, 2, (200, 400, 800)),
+        (DPMSolver, 2, (200, 400, 800)),
+        (dpm_solver, 2, (100, 200, 400)),
+        (SINGLE_3, 3, (10, 20, 40)),
+        (MULTI_3, 3, (50, 100, 200)),
+    ],
+)
+@pytest.mark.parametrize("make", [linear, cosine])
+def test_solvers_have_their_order(step, order, counts, make):
+    """The error at t = 0.1 T, from t = 0.75 T, falls as (number of steps)^-order.
+
+    3M gets its first two steps from the flow: its own, of lower order, would hide what follows.
+    """
     var = torch.tensor([1.5, 0.25, 0.09, 0.01], dtype=torch.float64)  # one alone may err by luck
+    schedule = make(320_000 if step is SINGLE_3 else 32_000)  # rounded nodes are a little off
     denoiser = gaussian(0.3 * torch.ones(4), var.diag()).denoiser(schedule)
-    start, stop, x = 24_000, 3_200, normal(5, 4)
-    expected, errors, counts = flow(schedule, x, start, stop, var=var), [], (200, 400, 800)
+    start, stop, x = 3 * schedule.T // 4, schedule.T // 10, normal(5, 4)
+    expected, errors = flow(schedule, x, start, stop, var=var), []
     for n in counts:
         times = [start - k * (start - stop) // n for k in range(n + 1)]
-        walk, at = (step() if isinstance(step, type) else step), x
-        for t, s in itertools.pairwise(times):
-            at, _ = walk(denoiser, at, t, s, clip=False)
+        walk, at = made(step), x
+        for k, (t, s) in enumerate(itertools.pairwise(times)):
+            end, _ = walk(denoiser, at, t, s, clip=False)
+            at = flow(schedule, at, t, s, var=var) if step is MULTI_3 and k < 2 else end
         errors.append((at - expected).norm().item())
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert_close(slopes, [float(order)] * 2, rtol=0, atol=0.15)
@@ -397,26 +540,28 @@ def test_heun_is_worth_it_where_hardly_any_signal_is_left(schedule, kind):
     denoiser, x = gaussian([0.3], [[0.25]]).denoiser(schedule, "v"), normal(200, 1)
     grid = GRIDS[kind](schedule, 10)
     one, two = (sample(denoiser, x, grid, step, clip=False) for step in (ddim, heun))
-    true = flow(schedule, x, schedule.T, 0)
+    true = flow(schedule, x, grid[0], 0)
     errors = [(end - true).square().mean().sqrt() for end in (one, two)]
     assert errors[1] < errors[0] / 2 and errors[1] < 0.12
 
 
-def test_one_solver_object_walks_one_path():
+@pytest.mark.parametrize("step", [DPMSolver, MULTI_3])
+def test_one_solver_object_walks_one_path(step):
     denoiser, x = Denoiser(network, linear(100)), normal(2, 3)
-    whole = sample(denoiser, x, [100, 60, 20, 0], DPMSolver)
-    paths = [sample_path(denoiser, x, [100, 60, 20, 0], DPMSolver) for _ in range(2)]
+    whole = sample(denoiser, x, [100, 60, 20, 0], step)
+    paths = [sample_path(denoiser, x, [100, 60, 20, 0], step) for _ in range(2)]
     for stops in zip(*paths):  # interleaved, they do not see each other's past
         assert torch.equal(stops[0].x, stops[1].x)
     assert torch.equal(stops[0].x, whole)
 
 
-@pytest.mark.parametrize("step", [ddim, heun, DPMSolver])
+@pytest.mark.parametrize("step", [ddim, heun, DPMSolver, MULTI_3, *SINGLE])
 def test_flow_without_signal_at_T_is_followed(step):
     denoiser = gaussian([0.3], [[0.25]]).denoiser(STRAIGHT, "v")
     x = normal(20, 1)
-    end = sample(denoiser, x, range(100, -1, -1), step, clip=False)
-    assert_close(end, 0.3 + 0.5 * x, rtol=0, atol=0.02 if step is ddim else 0.002)
+    grid = range(100, -1, -4 if step in SINGLE else -1)  # these need times between
+    end = sample(denoiser, x, grid, step, clip=False)
+    assert_close(end, 0.3 + 0.5 * x, rtol=0, atol=0.02 if step is ddim else 0.006)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -526,7 +671,7 @@ def test_path_is_lazy_and_ends_at_the_sample(step):
     assert_close(stops[0].x0, denoiser(x, 100, clip=True).x0, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEPS + SINGLE)
 def test_sampling_records_no_gradient_and_leaves_the_caller_his(step):
     weight = torch.ones(1, requires_grad=True)
     denoiser = Denoiser(lambda x, t: weight * x, linear(100))
@@ -534,7 +679,7 @@ def test_sampling_records_no_gradient_and_leaves_the_caller_his(step):
         assert torch.is_grad_enabled() and not stop.x.requires_grad
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEPS + SINGLE)
 @pytest.mark.parametrize("schedule", [cosine(1), cosine(2), linear(25)])
 def test_short_chains_and_single_steps_work(step, schedule):
     denoiser = gaussian([0.2, 0.1], 0.01 * torch.eye(2)).denoiser(schedule)
@@ -545,7 +690,7 @@ def test_short_chains_and_single_steps_work(step, schedule):
     assert sample(denoiser, normal(0, 2), [schedule.T, 0], step).shape == (0, 2)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEPS + SINGLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_samples_have_the_type_of_the_noise(step, dtype):
     x = sample(
