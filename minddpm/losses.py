@@ -56,3 +56,45 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over everything but the batch, (B,), in float32 at least."""
     precise = torch.promote_types(target.dtype, torch.float32)
     return (output.to(precise) - target).square().flatten(1).mean(1)
+
+
+class ImportanceTimes:
+    """Draws t with p_t proportional to sqrt(E[L_t^2]), from past losses (Improved DDPM eq. 18).
+
+    history: (T, length) float64, the last losses of each time 1..T, NaN where there are none yet.
+    Until it is full, times are uniform. A share `uniform` of the draws stays uniform, so that every
+    time keeps a chance.
+    """
+
+    def __init__(self, T: int, length: int = 10, uniform: float = 1e-3):
+        if T < 1 or length < 1 or not 0 < uniform <= 1:
+            raise ValueError(
+                "T and length must be 1 or more and uniform in (0, 1], "
+                f"got {T}, {length} and {uniform}"
+            )
+        self.history = torch.full((T, length), torch.nan, dtype=torch.float64)
+        self.uniform = uniform
+
+    def probabilities(self) -> Tensor:
+        """p_1 ... p_T, (T,) float64, summing to 1 (Improved DDPM eq. 18)."""
+        root, T = self.history.square().mean(1).sqrt(), len(self.history)
+        if root.isnan().any() or root.sum() == 0:
+            return torch.full((T,), 1 / T, dtype=torch.float64)
+        return (1 - self.uniform) * root / root.sum() + self.uniform / T
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """(t, weight), (n,) each; the mean of weight * vlb_loss(denoiser, x0, t) is unbiased.
+
+        weight = 1 / (T p_t) (Improved DDPM eq. 18).
+        """
+        p = self.probabilities()
+        row = torch.multinomial(p, n, replacement=True, generator=generator)
+        return row + 1, (1 / (len(p) * p[row])).float()
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Remember the losses (B,) at times t (B,), without their weights; the oldest are lost."""
+        loss = loss.detach().double().cpu()
+        if not loss.isfinite().all():
+            raise ValueError("a loss is NaN or infinite: lower the learning rate")
+        for row, value in zip((t - 1).tolist(), loss):
+            self.history[row] = torch.cat([self.history[row, 1:], value[None]])

@@ -76,13 +76,24 @@ def test_shipped_digits_are_digits(judge, record_property, step, steps):
     hold(judge, pixels, 0.95, f"shipped, {step.__name__}, {steps} steps", record_property)
 
 
-def test_shipped_weights_say_how_they_were_made():
-    (path,) = checkpoint.candidates("digits")
+SHIPPED = sorted(path.stem for path in checkpoint.SHIPPED.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_say_how_they_were_made(name):
+    (path,) = checkpoint.candidates(name)
     assert path.stat().st_size <= 3_000_000
     _, config, facts = checkpoint.read(path)
-    assert facts["command"].startswith("minddpm train digits")
+    assert facts["command"].startswith("minddpm train digits --split train")
+    assert "/tmp" not in facts["command"] and " /" not in facts["command"]
+    assert ("--variance learned" in facts["command"]) == (config.model.variance == "learned")
     assert 0 < facts["seconds"] <= 30 * 60
     assert facts["step"] == config.train.steps
+
+
+def test_shipped_weights_are_small_together():
+    assert "digits" in SHIPPED
+    assert sum((checkpoint.SHIPPED / f"{n}.safetensors").stat().st_size for n in SHIPPED) < 10e6
 
 
 def test_training_digits_from_nothing_gives_digits(judge, record_property, tmp_path):

@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from minddpm.likelihood import vlb_terms
-from minddpm.losses import hybrid_loss, simple_loss, vlb_loss
+from minddpm.losses import ImportanceTimes, hybrid_loss, simple_loss, vlb_loss
 from minddpm.nets import UNet
 from minddpm.prediction import Denoiser
 from minddpm.schedule import cosine, linear
@@ -187,3 +187,93 @@ def test_bad_input_is_named(loss, t, eps, error, message):
 def test_images_must_be_scaled(loss):
     with pytest.raises(TypeError, match="floating-point image batch in .*, got torch.uint8"):
         loss(Denoiser(lambda x, t: x, linear(50)), torch.zeros(4, 3, dtype=torch.uint8))
+
+
+def warm(T=8, length=10, uniform=1e-3):
+    """A full history: at time t the losses have root mean square t, and signs that differ."""
+    times = ImportanceTimes(T, length, uniform)
+    for k in range(length):
+        t = torch.arange(1, T + 1)
+        times.update(t, t * (-1.0) ** k)
+    return times
+
+
+def test_importance_times_are_uniform_until_every_time_has_ten_losses():
+    times = warm()
+    assert_close(times.probabilities().sum().item(), 1.0, rtol=0, atol=1e-12)
+    assert times.probabilities()[7] > 7 * times.probabilities()[0]
+    times.history[3, 0] = torch.nan  # nine of them
+    assert_close(times.probabilities(), torch.full((8,), 1 / 8).double())
+    assert_close(times.draw(50)[1], torch.ones(50))
+
+
+@pytest.mark.parametrize("uniform", [1e-3, 0.2])
+def test_importance_times_follow_the_root_mean_square(uniform):
+    """The mean of the losses is 0 and that of their sizes differs from the root: all three tell."""
+    times = warm(uniform=uniform)
+    times.update(torch.tensor([8] * 5), torch.zeros(5))  # five old ones are gone, five are zeros
+    root = torch.arange(1, 9).double()
+    root[7] = (5 * 64 / 10) ** 0.5
+    expected = (1 - uniform) * root / root.sum() + uniform / 8
+    assert_close(times.probabilities(), expected, rtol=1e-12, atol=0)
+
+
+def test_importance_times_forget_the_oldest_and_take_a_time_that_comes_twice():
+    times = ImportanceTimes(3, length=2)
+    times.update(torch.tensor([2, 2, 2, 1]), torch.tensor([7.0, 8.0, 9.0, 1.0]))
+    assert times.history[1].tolist() == [8.0, 9.0]
+    assert times.history[0, 1] == 1 and times.history[0, 0].isnan()
+    assert times.history[2].isnan().all()
+
+
+def test_importance_weights_leave_the_mean_and_shrink_the_variance():
+    """Against the exact mean and variance of L_t / (T p_t) where L_t is t, without scatter."""
+    times, n, generator = warm(), 40_000, torch.Generator().manual_seed(0)
+    t, weight = times.draw(n, generator)
+    assert t.min() == 1 and t.max() == 8 and t.dtype == torch.int64
+    share = t.bincount(minlength=9)[1:] / n
+    assert_close(share.double(), times.probabilities(), rtol=0, atol=0.01)
+    p, L = times.probabilities(), torch.arange(1, 9).double()
+    var = ((L / (8 * p)) ** 2 * p).sum() - L.mean() ** 2
+    estimate = weight.double() * t
+    assert_close(estimate.mean(), L.mean(), rtol=0, atol=4 * (var / n).sqrt().item() + 1e-6)
+    assert_close(estimate.var(), var, rtol=0.1, atol=1e-9)
+    assert var < 1e-3 * L.var()
+
+
+def test_no_probabilities_have_a_smaller_variance():
+    times = warm(uniform=1e-9)
+    second = times.history.square().mean(1)
+    best = (second / times.probabilities()).sum()
+    assert_close(best, second.sqrt().sum() ** 2, rtol=1e-6, atol=0)
+    for seed in range(20):
+        tilt = torch.exp(0.3 * normal(8, seed=seed))
+        other = tilt * times.probabilities()
+        assert (second / (other / other.sum())).sum() > best
+
+
+def test_importance_times_work_on_the_bound_of_a_network():
+    T, x0 = 20, levels(4000, 2, dtype=torch.float64)
+    denoiser = Denoiser(lambda x, t: x.tanh(), cosine(T), "x0", "small")
+    times = ImportanceTimes(T)
+    torch.manual_seed(0)
+    for _ in range(10):
+        t = torch.arange(1, T + 1)
+        times.update(t, vlb_loss(denoiser, x0[:T], t))
+    plain = vlb_loss(denoiser, x0)
+    t, weight = times.draw(len(x0))
+    weighted = weight * vlb_loss(denoiser, x0, t)
+    error = (plain.var() + weighted.var()).sqrt().item() / len(x0) ** 0.5
+    assert_close(weighted.mean(), plain.mean(), rtol=0, atol=4 * error)
+    assert weighted.std() < plain.std() / 2
+
+
+@pytest.mark.parametrize("arguments", [(0,), (5, 0), (5, 10, 0.0), (5, 10, 1.5)])
+def test_importance_times_name_bad_input(arguments):
+    with pytest.raises(ValueError, match="T and length must be 1 or more and uniform in"):
+        ImportanceTimes(*arguments)
+
+
+def test_importance_times_refuse_a_loss_that_is_no_number():
+    with pytest.raises(ValueError, match="a loss is NaN or infinite"):
+        ImportanceTimes(2).update(torch.tensor([1]), torch.tensor([torch.nan]))
