@@ -126,14 +126,19 @@ def test_evaluate_prints_figures_and_protocol(judge, capsys):
 
 def test_evaluate_prints_an_fid_where_the_inception_is_there(judge, capsys, monkeypatch):
     """The Inception itself is a download; here another network stands in its place."""
-    real = metrics.frechet
-    monkeypatch.setattr(
-        metrics, "frechet", lambda a, b, kind: real(a, b, Pixels()) if kind == 2048 else None
-    )
-    monkeypatch.setattr(metrics, "inception_score", lambda fake: (2.5, 0.25))
+    asked = []
+
+    def stand_in(output, device):
+        asked.append((output, device))
+        return Pixels()
+
+    monkeypatch.setattr(metrics, "inception", stand_in)
+    # No GPU may be asked for where the user said cpu.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     main(["evaluate", "digits", "--data", "digits", "-n", "50", "--steps", "5", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert re.search(r"FID \d+\.\d\d, Inception score 2\.50 \+- 0\.25", said)
+    assert re.search(r"FID \d+\.\d\d, Inception score \d+\.\d\d \+- \d+\.\d\d", said)
+    assert asked == [(2048, "cpu"), ("logits_unbiased", "cpu")]
 
 
 def test_evaluate_bounds_the_bits_of_held_out_images(capsys, monkeypatch):
