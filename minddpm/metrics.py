@@ -41,22 +41,23 @@ def inception(output: int | str = 2048, device: str = "cpu") -> nn.Module:
     output: 2048, the features of the FID, or "logits_unbiased", those of the Inception score.
     Images are enlarged as TensorFlow 1 did it, as for the numbers in papers.
     """
-    from torchmetrics.image.fid import NoTrainInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    net = NoTrainInceptionV3("inception-v3-compat", [str(output)], antialias=False).to(device)
-    net.register_forward_pre_hook(lambda _, pixels: three_channels(pixels[0]))
+    net = FeatureExtractorInceptionV3("inception-v3-compat", [str(output)]).to(device)
+    net.register_forward_pre_hook(lambda _, args: three_channels(args[0]))
+    net.register_forward_hook(lambda _, args, found: found[0])
     return net
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Squared 2-Wasserstein distance of the Gaussians fitted to features (N, D) and (M, D)."""
     check_features(x, y)
-    (mean, cov), (mean_y, cov_y) = ((z.mean(0), z.T.cov()) for z in (x.double(), y.double()))
-    values, axes = torch.linalg.eigh(cov.atleast_2d())
+    x, y = x.double(), y.double()
+    (mean, cov), (mean_y, cov_y) = ((z.mean(0), torch.atleast_2d(z.T.cov())) for z in (x, y))
+    values, axes = torch.linalg.eigh(cov)
     root = axes * values.clamp(min=0).sqrt() @ axes.T
-    overlap = torch.linalg.eigvalsh(root @ cov_y.atleast_2d() @ root).clamp(min=0).sqrt().sum()
-    traces = x.double().var(0).sum() + y.double().var(0).sum()
-    return ((mean - mean_y).square().sum() + traces - 2 * overlap).item()
+    overlap = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    return ((mean - mean_y).square().sum() + cov.trace() + cov_y.trace() - 2 * overlap).item()
 
 
 def frechet_extrapolated(
