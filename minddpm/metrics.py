@@ -1,4 +1,4 @@
-"""How far samples are from data: Fréchet distances, the Inception score, bits per dimension."""
+"""How far samples are from data, and whether they are copies of it; bits per dimension."""
 
 import itertools
 from pathlib import Path
@@ -13,51 +13,164 @@ from minddpm.data import Images, to_model
 from minddpm.likelihood import ode_bits, vlb_terms
 
 
-def frechet(real: Tensor, fake: Tensor, features: nn.Module | int, batch: int = 250) -> float:
+def frechet(
+    real: Tensor, fake: Tensor, features: nn.Module | int, batch: int = 250, device: str = "cpu"
+) -> float:
     """The Fréchet distance of two sets of images, (N, C, H, W) uint8 each, in some features.
 
-    features: a module (B, C, H, W) uint8 -> (B, D), on the device where the work is to be done, or
-    2048 for the last layer of the reference Inception, which is downloaded: then it is the FID.
+    features: a module (B, C, H, W) uint8 -> (B, D), used where it is; or 2048 for the reference
+    Inception's last layer, which is downloaded and put on `device`: then it is the FID. To compare
+    many sets with one, `extract` its features once and use `frechet_distance`.
     Raises ValueError with fewer than two images, or of different shapes.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     check_pair(real, fake)
-    metric = FrechetInceptionDistance(features, input_img_size=tuple(real.shape[1:]))
-    device = next((p.device for p in metric.inception.parameters()), torch.device("cpu"))
-    metric = metric.to(best_device(device) if features == 2048 else device)
-    as_read = three_channels if features == 2048 else torch.Tensor.contiguous
-    for images, is_real in ((real, True), (fake, False)):
-        for part in images.split(batch):
-            metric.update(as_read(part).to(metric.device), real=is_real)
-    return metric.compute().item()
+    net = inception(features, device) if isinstance(features, int) else features
+    return frechet_distance(extract(real, net, batch), extract(fake, net, batch))
+
+
+@torch.no_grad()
+def extract(images: Tensor, net: nn.Module, batch: int = 250) -> Tensor:
+    """The features (N, D), on the CPU, that a network finds in images (N, C, H, W) uint8."""
+    device = next((p.device for p in net.parameters()), "cpu")
+    return torch.cat([net(part.contiguous().to(device)).cpu() for part in images.split(batch)])
+
+
+def inception(output: int | str = 2048, device: str = "cpu") -> nn.Module:
+    """The reference Inception, downloaded, as a module (B, 1 or 3, H, W) uint8 -> (B, D).
+
+    output: 2048, the features of the FID, or "logits_unbiased", those of the Inception score.
+    Images are enlarged as TensorFlow 1 did it, as for the numbers in papers.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    net = FeatureExtractorInceptionV3("inception-v3-compat", [str(output)]).to(device)
+    net.register_forward_pre_hook(lambda _, args: three_channels(args[0]))
+    net.register_forward_hook(lambda _, args, found: found[0])
+    return net
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Squared 2-Wasserstein distance of the Gaussians fitted to features (N, D) and (M, D)."""
+    check_features(x, y)
+    x, y = x.double(), y.double()
+    (mean, cov), (mean_y, cov_y) = ((z.mean(0), torch.atleast_2d(z.T.cov())) for z in (x, y))
+    values, axes = torch.linalg.eigh(cov)
+    root = axes * values.clamp(min=0).sqrt() @ axes.T
+    overlap = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    return ((mean - mean_y).square().sum() + cov.trace() + cov_y.trace() - 2 * overlap).item()
+
+
+def frechet_extrapolated(
+    x: Tensor, y: Tensor, points: int = 15, seed: int = 0
+) -> tuple[float, float]:
+    """(limit, slope) of the line through the distances of x (N, D) to n of y (M, D), in 1 / n.
+
+    For n at even distances from M / 10 to M, each a fresh draw from y. Chong and Forsyth's
+    FID-infinity: the limit removes the bias of y's finite number, not that of x's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.linspace(len(y) / 10, len(y), points).round().int().tolist()
+    if sizes[0] < 2:
+        raise ValueError(f"expected 20 features or more to extrapolate from, got {len(y)}")
+    draws = [y[torch.randperm(len(y), generator=generator)[:n]] for n in sizes]
+    values = [frechet_distance(x, draw) for draw in draws]
+    slope, limit = np.polyfit(1 / np.array(sizes), values, 1)
+    return float(limit), float(slope)
+
+
+def nearest(x: Tensor, y: Tensor, k: int = 1, skip: int = 0, batch: int = 500) -> Tensor:
+    """Distance of each x (N, D) to its k-th nearest y (M, D), (N,); skip=1 if y is x itself."""
+    check_features(x, y)
+    if not 1 <= k <= len(y) - skip:
+        raise ValueError(f"k must lie in 1..{len(y) - skip}, the neighbours there are, got {k}")
+    y = y.double()
+    parts = (distances(part, y).kthvalue(k + skip, 1).values for part in x.double().split(batch))
+    return torch.cat(list(parts))
+
+
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = 3, batch: int = 500
+) -> tuple[float, float]:
+    """(precision, recall): shares of fake (M, D) in real's balls, of real (N, D) in fake's.
+
+    The ball of a point reaches to its k-th nearest neighbour in its own set.
+    """
+    found = []
+    for centres, points in ((real, fake), (fake, real)):
+        radius, c = nearest(centres, centres, k, skip=1, batch=batch), centres.double()
+        inside = [(distances(p, c) <= radius).any(1) for p in points.double().split(batch)]
+        found.append(torch.cat(inside).double().mean().item())
+    return tuple(found)
+
+
+def density_coverage(
+    real: Tensor, fake: Tensor, k: int = 5, batch: int = 500
+) -> tuple[float, float]:
+    """(density, coverage): mean number of real's balls around a fake, over k; share of balls hit.
+
+    real: (N, D), fake: (M, D). If both have one law, the expected density is 1 and the expected
+    coverage 1 - (N - 1) ... (N - k) / ((N + M - 1) ... (N + M - k)), about 1 - 2**-k at N = M.
+    """
+    radius, y, count, hit = nearest(real, real, k, skip=1, batch=batch), fake.double(), 0, []
+    for part, r in zip(real.double().split(batch), radius.split(batch)):
+        inside = distances(part, y) <= r[:, None]
+        count += inside.sum().item()
+        hit.append(inside.any(1))
+    return count / (k * len(fake)), torch.cat(hit).double().mean().item()
+
+
+def copying(train: Tensor, held_out: Tensor, fake: Tensor) -> tuple[float, float]:
+    """(share, z): is fake (M, D) nearer to train (N, D) than held_out (H, D) is? A test for copies.
+
+    share: how often, of one fake and one held-out point, the fake lies nearer to its nearest of
+    train (ties count half). z: its distance from 1/2 in standard deviations, for M and H points of
+    one law; far above 0 for copies, far below 0 for samples too far off.
+    """
+    ours, theirs = nearest(fake, train), nearest(held_out, train)
+    ordered = theirs.sort().values
+    further = len(theirs) - torch.searchsorted(ordered, ours, right=True)
+    ties = torch.searchsorted(ordered, ours, right=True) - torch.searchsorted(ordered, ours)
+    share = ((further + ties / 2).mean() / len(theirs)).item()
+    m, h = len(ours), len(theirs)
+    return share, (share - 0.5) / ((m + h + 1) / (12 * m * h)) ** 0.5
 
 
 def report(kind: str, train: Images, fake: Tensor, name: str, root: str, device: str) -> list[str]:
     """What `minddpm evaluate` says of samples (N, C, H, W): the figures, and how they were made."""
     if kind == "inception":
-        fid, (score, spread) = frechet(train.pixels, fake, 2048), inception_score(fake)
+        fid = frechet(train.pixels, fake, 2048, device=device)
+        score, spread = inception_score(fake, device=device)
         return [
             f"FID {fid:.2f}, Inception score {score:.2f} +- {spread:.2f}",
-            "(torchmetrics, torch-fidelity's Inception; comparable only for 50,000 samples)",
+            "(torch-fidelity's Inception; comparable only for 50,000 samples)",
         ]
     net = classifier(name, train, root, device)
-    halves = torch.randperm(len(train.pixels), generator=torch.Generator().manual_seed(0)).chunk(2)
-    floor = frechet(*(train.pixels[half] for half in halves), net)
+    x, y = extract(train.pixels, net), extract(fake, net)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    floor = frechet_distance(*(x[half] for half in order.chunk(2)))
     return [
-        f"Fréchet distance {frechet(train.pixels, fake, net):.4f} (real against real {floor:.4f})",
+        f"Fréchet distance {frechet_distance(x, y):.4f} (real against real {floor:.4f})",
         f"(no FID: features of a small classifier, right on {accuracy(net, train):.1%} of these)",
     ]
 
 
-def inception_score(fake: Tensor, batch: int = 250) -> tuple[float, float]:
+def inception_score(fake: Tensor, batch: int = 250, device: str = "cpu") -> tuple[float, float]:
     """(mean, deviation) of the Inception score over ten parts; the Inception is downloaded."""
-    from torchmetrics.image.inception import InceptionScore
+    return score_of(extract(fake, inception("logits_unbiased", device), batch))
 
-    metric = InceptionScore().to(best_device(torch.device("cpu")))
-    for part in fake.split(batch):
-        metric.update(three_channels(part).to(metric.device))
-    return tuple(x.item() for x in metric.compute())
+
+def score_of(log_odds: Tensor, parts: int = 10, seed: int = 0) -> tuple[float, float]:
+    """(mean, deviation) over parts of exp of the mutual information of image and class.
+
+    log_odds: (N, classes), unnormalized, of N images that are dealt out to the parts at random.
+    """
+    order = torch.randperm(len(log_odds), generator=torch.Generator().manual_seed(seed))
+    scores = []
+    for part in log_odds[order].double().log_softmax(1).chunk(parts):
+        marginal = part.exp().mean(0).clamp(min=1e-300).log()
+        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
+    spread = torch.stack(scores).std().item() if len(scores) > 1 else 0.0
+    return torch.stack(scores).mean().item(), spread
 
 
 def bits(
@@ -158,9 +271,18 @@ def three_channels(pixels: Tensor) -> Tensor:
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
-def best_device(otherwise: torch.device) -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda") if torch.cuda.is_available() else otherwise
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances (N, M), exact where points coincide."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def check_features(x: Tensor, y: Tensor) -> None:
+    """Raises ValueError unless both are features (N, D) of two or more points, of one D."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(
+            "expected features (N, D) and (M, D) of two or more points, got shapes "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
 
 
 def check_pair(real: Tensor, fake: Tensor) -> None:

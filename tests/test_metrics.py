@@ -1,6 +1,7 @@
 """Distances between sets of images, against closed forms and scipy; the evaluate command."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -38,6 +39,109 @@ def test_frechet_is_the_formula():
     assert_close(metrics.frechet(a, b, Pixels(), batch=77), expected, rtol=1e-4, atol=1e-4)
     assert abs(metrics.frechet(a, a, Pixels())) < 1e-3
     assert metrics.frechet(a, b, Pixels()) > 100
+
+
+def points(n, d=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+def test_frechet_is_that_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = images(400), images(300, 1, 50, 200)
+    metric = FrechetInceptionDistance(Pixels(), input_img_size=(1, 8, 8))
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert_close(metrics.frechet(a, b, Pixels()), metric.compute().item(), rtol=1e-4, atol=0)
+
+
+def test_frechet_distance_of_one_feature_and_of_fewer_points_than_features():
+    x, y = points(50, 1), 2 * points(40, 1, 1) + 3
+    expected = (x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2
+    assert_close(metrics.frechet_distance(x, y), expected.item())
+    few, many = points(5, 20), points(8, 20, 1)
+    there, back = metrics.frechet_distance(few, many), metrics.frechet_distance(many, few)
+    assert_close(there, back, rtol=1e-6, atol=1e-6)
+    assert there > 0 and abs(metrics.frechet_distance(few, few)) < 1e-5
+
+
+def test_extrapolation_removes_the_bias():
+    x = points(4000, 6)
+    pools = [metrics.frechet_extrapolated(x, points(400, 6, s), seed=s) for s in range(1, 31)]
+    limit, slope = np.mean(pools, 0)
+    plain = np.mean([metrics.frechet_distance(x, points(400, 6, s)) for s in range(1, 31)])
+    assert plain > 0.03 and abs(limit) < 0.008  # the rest is x's own bias, 16.5 / 4000
+    assert abs(slope / 16.5 - 1) < 0.2  # D (D + 5) / 4
+    with pytest.raises(ValueError, match="20 features or more"):
+        metrics.frechet_extrapolated(x, points(9, 6))
+
+
+def test_balls_by_brute_force():
+    real, fake = points(60), points(45, seed=1) * 1.5
+    for k in (1, 3):
+        inside = {}
+        for name, centres, others in (("real", real, fake), ("fake", fake, real)):
+            radii = [sorted((c - d).norm().item() for d in centres)[k] for c in centres]
+            inside[name] = np.array(
+                [[(c - p).norm().item() <= r for c, r in zip(centres, radii)] for p in others]
+            )
+        expected = inside["real"].any(1).mean(), inside["fake"].any(1).mean()
+        assert metrics.precision_recall(real, fake, k, batch=7) == pytest.approx(expected)
+        expected = inside["real"].sum() / (k * 45), inside["real"].any(0).mean()
+        assert metrics.density_coverage(real, fake, k, batch=7) == pytest.approx(expected)
+
+
+def test_density_and_coverage_of_one_law_are_as_predicted():
+    n, m, k = 60, 40, 3
+    pairs = [(points(n, 2, s), points(m, 2, 1000 + s)) for s in range(300)]
+    density, coverage = np.mean([metrics.density_coverage(a, b, k) for a, b in pairs], 0)
+    missed = np.prod([(n - j) / (n + m - j) for j in range(1, k + 1)])
+    assert abs(density - 1) < 0.02 and abs(coverage - (1 - missed)) < 0.01
+
+
+def test_copies_are_found_and_fresh_points_are_not():
+    from scipy.stats import mannwhitneyu
+
+    train, held_out, fresh = points(300), points(80, seed=1), points(120, seed=2)
+    share, z = metrics.copying(train, held_out, fresh)
+    ours, theirs = (metrics.nearest(x, train) for x in (fresh, held_out))
+    u = mannwhitneyu(theirs, ours)
+    assert_close(share, u.statistic / (80 * 120))
+    assert_close(z, (share - 0.5) / (201 / (12 * 80 * 120)) ** 0.5)
+    assert abs(z) < 2
+    share, z = metrics.copying(train, held_out, train[:120])
+    assert share == 1 and z > 10
+    assert metrics.copying(train, held_out, held_out) == (0.5, 0)
+    assert metrics.copying(train, held_out, 9 + fresh)[1] < -10
+
+
+def test_nearest_by_brute_force():
+    x, y = points(20), points(30, seed=1)
+    table = torch.cdist(x, y).sort(1).values
+    for k in (1, 4):
+        assert_close(metrics.nearest(x, y, k, batch=6), table[:, k - 1])
+    assert_close(metrics.nearest(y, y, 2, skip=1), torch.cdist(y, y).sort(1).values[:, 2])
+    with pytest.raises(ValueError, match=r"k must lie in 1..29"):
+        metrics.nearest(y, y, 30, skip=1)
+    with pytest.raises(ValueError, match=r"got shapes \(20, 3\) and \(30, 2\)"):
+        metrics.nearest(x, y[:, :2])
+
+
+def test_score_is_that_of_torchmetrics_and_at_most_the_number_of_classes():
+    from torchmetrics.image.inception import InceptionScore
+
+    log_odds = 3 * points(200, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric = InceptionScore(nn.Identity(), splits=1)
+        metric.update(log_odds)
+        theirs = metric.compute()[0].item()
+    assert_close(metrics.score_of(log_odds, 1)[0], theirs, rtol=1e-6, atol=0)
+    sure = 1e4 * torch.eye(10).repeat(100, 1)
+    mean, spread = metrics.score_of(sure, 2)
+    assert 9.7 < mean <= 10 and spread < 0.2
+    assert_close(metrics.score_of(sure[:1].repeat(50, 1))[0], 1.0)
 
 
 def test_grey_images_are_measured_as_colour_images():
@@ -126,14 +230,38 @@ def test_evaluate_prints_figures_and_protocol(judge, capsys):
 
 def test_evaluate_prints_an_fid_where_the_inception_is_there(judge, capsys, monkeypatch):
     """The Inception itself is a download; here another network stands in its place."""
-    real = metrics.frechet
-    monkeypatch.setattr(
-        metrics, "frechet", lambda a, b, kind: real(a, b, Pixels()) if kind == 2048 else None
-    )
-    monkeypatch.setattr(metrics, "inception_score", lambda fake: (2.5, 0.25))
+    asked = []
+
+    def stand_in(output, device):
+        asked.append((output, device))
+        return Pixels()
+
+    monkeypatch.setattr(metrics, "inception", stand_in)
+    # No GPU may be asked for where the user said cpu.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     main(["evaluate", "digits", "--data", "digits", "-n", "50", "--steps", "5", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert re.search(r"FID \d+\.\d\d, Inception score 2\.50 \+- 0\.25", said)
+    assert re.search(r"FID \d+\.\d\d, Inception score \d+\.\d\d \+- \d+\.\d\d", said)
+    assert asked == [(2048, "cpu"), ("logits_unbiased", "cpu")]
+
+
+def test_inception_is_torch_fidelitys_for_grey_and_colour_images(monkeypatch):
+    """With random weights, since the real ones are a download."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda url, progress: {})
+        patch.setattr(nn.Module, "load_state_dict", lambda *args: None)
+        net = metrics.inception(2048)
+        theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False)
+        theirs.__dict__["_modules"] = net._modules  # the same random weights
+    grey = images(2)
+    found = metrics.extract(grey, net)
+    assert found.shape == (2, 2048) and not net.training
+    assert torch.equal(found, metrics.extract(grey.expand(-1, 3, -1, -1), net))
+    assert_close(found, theirs(grey.expand(-1, 3, -1, -1)))
 
 
 def test_evaluate_bounds_the_bits_of_held_out_images(capsys, monkeypatch):
