@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 from torch.testing import assert_close
@@ -31,7 +32,7 @@ from minddpm.samplers import (
     sample_path,
     uniform_grid,
 )
-from minddpm.schedule import Schedule, cosine, linear
+from minddpm.schedule import SCHEDULES, Schedule, cosine, linear, straight
 
 STEPS = [ancestral, ddim, reverse_diffusion, predictor_corrector, heun, DPMSolver]
 CALLS_AT_S = [predictor_corrector, heun]  # these ask the network at s, too
@@ -75,7 +76,7 @@ def test_impossible_numbers_of_steps_are_refused(make, steps):
         make(linear(100), steps)
 
 
-STRAIGHT = Schedule(1 - torch.arange(101) / 100, torch.arange(101) / 100)  # no signal at T
+STRAIGHT = straight(100)  # no signal at T
 
 
 @pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
@@ -309,6 +310,35 @@ def test_discretization_error_of_ddim_shrinks_with_the_step(schedule):
 THEIRS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_ddim_on_the_straight_schedule_is_flow_matching_in_diffusers(n):
+    denoiser = Denoiser(network, straight(1000), "velocity")
+    other = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    grid, x = uniform_grid(1000, n), normal(4, 3).float()
+    other.set_timesteps(sigmas=[t / 1000 for t in grid[:-1]])
+    theirs = x
+    for t, time in zip(grid[:-1], other.timesteps, strict=True):
+        assert_close(time.item(), float(t), rtol=1e-6, atol=0)
+        theirs = other.step(network(theirs, torch.tensor(t)), time, theirs).prev_sample
+    assert_close(sample(denoiser, x, grid, ddim, clip=False), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [ancestral, ddim, heun, DPMSolver])
+def test_a_path_rescaled_gives_the_same_images(step):
+    """signal and noise both divided by their sum lie on the straight path: only x_t changes."""
+    curved = linear(50)
+    total = curved.signal + curved.noise
+    line = Schedule(curved.signal / total, curved.noise / total)
+    scaled, x = (lambda x, t: network(x * total[t].view(-1, 1), t)), normal(6, 3)
+    v = Denoiser(network, curved, "velocity", "small")
+    rescaled = Denoiser(scaled, line, "velocity", "small")
+    ends = [
+        sample(d, start, [50, 30, 10, 4, 0], step, clip=False, generator=seeded())
+        for d, start in ((v, x), (rescaled, x / total[-1]))
+    ]
+    assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-10)
+
+
 @THEIRS
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("n", [5, 20])
@@ -363,7 +393,7 @@ def flow(schedule, x, t, s, mean=0.3, var=0.25):
 
 
 @pytest.mark.parametrize("step, order", [(ddim, 1), (heun, 2), (DPMSolver, 2)])
-@pytest.mark.parametrize("schedule", [linear(32_000), cosine(32_000)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("schedule", [make(32_000) for make in SCHEDULES.values()], ids=SCHEDULES)
 def test_solvers_have_their_order(step, order, schedule):
     """The error at t = 0.1 T, from t = 0.75 T, falls as (number of steps)^-order."""
     var = torch.tensor([1.5, 0.25, 0.09, 0.01], dtype=torch.float64)  # one alone may err by luck
@@ -413,7 +443,7 @@ def test_one_solver_object_walks_one_path():
 
 @pytest.mark.parametrize("step", [ddim, heun, DPMSolver])
 def test_flow_without_signal_at_T_is_followed(step):
-    denoiser = gaussian([0.3], [[0.25]]).denoiser(STRAIGHT, "v")
+    denoiser = gaussian([0.3], [[0.25]]).denoiser(STRAIGHT, "velocity")
     x = normal(20, 1)
     end = sample(denoiser, x, range(100, -1, -1), step, clip=False)
     assert_close(end, 0.3 + 0.5 * x, rtol=0, atol=0.02 if step is ddim else 0.002)
@@ -492,8 +522,8 @@ def test_samples_of_a_mixture_have_its_weights_means_and_covariances(step, varia
 )
 def test_schedule_that_does_not_preserve_variance_is_sampled_too(options):
     T, n = 300, 10_000
-    straight = Schedule(1 - torch.arange(T + 1) / T, torch.arange(T + 1) / T)
-    denoiser = gaussian([0.5, -0.2], [[0.2, 0.1], [0.1, 0.3]]).denoiser(straight, "v")
+    law = gaussian([0.5, -0.2], [[0.2, 0.1], [0.1, 0.3]])
+    denoiser = law.denoiser(straight(T), "velocity")
     grid = range(T, -1, -1)
     x = sample(denoiser, normal(n, 2), grid, clip=False, **options, **rng_of(options))
     assert_close(x.mean(0), torch.tensor([0.5, -0.2]).double(), rtol=0, atol=0.025)
