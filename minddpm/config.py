@@ -18,11 +18,11 @@ class ModelConfig:
     """Resolutions (in pixels) with self-attention."""
     dropout: float = 0.1
     """Probability of dropping a feature in training."""
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Literal["linear", "cosine", "straight"] = "linear"
     """Noise schedule."""
     T: int = 1000
     """Number of noising steps."""
-    predicts: Literal["eps", "x0", "v"] = "eps"
+    predicts: Literal["eps", "x0", "v", "velocity"] = "eps"
     """What the network predicts."""
     variance: Literal["small", "large", "learned"] = "large"
     """Variance of a reverse step."""

@@ -13,6 +13,7 @@ TARGETS = {
     "eps": lambda signal, noise: (torch.zeros_like(noise), torch.ones_like(noise)),
     "x0": lambda signal, noise: (torch.ones_like(signal), torch.zeros_like(signal)),
     "v": lambda signal, noise: (-noise, signal),
+    "velocity": lambda signal, noise: (-torch.ones_like(signal), torch.ones_like(noise)),
 }
 VARIANCES = ("small", "large", "learned")
 
@@ -34,7 +35,7 @@ class Denoiser(nn.Module):
 
     net: any callable (x_t (B, C, ...), t (B,)) -> (B, C, ...), or 2C channels where it learns the
     variance.
-    predicts: "eps" (DDPM eq. 11), "x0" or "v" = signal * eps - noise * x0.
+    predicts: "eps" (DDPM eq. 11), "x0", "v" = signal * eps - noise * x0, or "velocity" = eps - x0.
     variance: "small" or "large" (DDPM sec. 3.2), or "learned" (Improved DDPM eq. 15). At the very
     last step, from 1 to 0, "large" is the small one, as in the authors' code.
     """

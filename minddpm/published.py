@@ -101,13 +101,19 @@ def check_config(source: str | Path, config: dict, ours: dict) -> None:
 def to_diffusers(net: UNet, model: ModelConfig, out: str | Path) -> None:
     """Write a network and what it predicts as a folder that `DDPMPipeline` can load.
 
-    Raises ValueError where `out` exists, or a layer has other than 32 groups (narrower than 128).
+    Raises ValueError where `out` exists, a layer has other than 32 groups (narrower than 128), or
+    the noise is flow matching's.
     """
     out = Path(out)
     if model.width % 128:
         raise ValueError(
             f"diffusers gives every norm of a network the same number of groups; one of width "
             f"{model.width} has several: only multiples of 128 can be exported"
+        )
+    if model.schedule == "straight" or model.predicts == "velocity":
+        raise ValueError(
+            "the DDPMScheduler of diffusers knows no straight schedule and predicts no velocity: "
+            "export to a .safetensors file instead"
         )
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder")

@@ -6,6 +6,7 @@ steps, the paper's own index, so entry 0 is the clean image:
     x_t = signal[t] * x_0 + noise[t] * eps,    eps ~ N(0, I)
 
 DDPM's preserve the variance: signal[t] = sqrt(alpha_bar_t), noise[t] = sqrt(1 - alpha_bar_t).
+Flow matching's add up to 1 instead.
 """
 
 import math
@@ -150,4 +151,16 @@ def cosine(T: int = 1000, s: float = 0.008, cap: float = 0.999) -> Schedule:
     return Schedule.from_beta((1 - f[1:] / f[:-1]).clamp(max=cap))
 
 
-SCHEDULES = {"linear": linear, "cosine": cosine}
+def straight(T: int = 1000) -> Schedule:
+    """signal = 1 - t/T, noise = t/T: x_t moves on a line from x_0 to eps (Rectified Flow eq. 1).
+
+    No signal is left at T, so predict x0, v or velocity. Times run from the image to the noise;
+    that paper's run the other way.
+    """
+    if T < 1:
+        raise ValueError(f"T must be at least 1, got {T}")
+    u = torch.arange(T + 1, dtype=torch.float64) / T
+    return Schedule(1 - u, u)
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine, "straight": straight}

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 from minddpm.oracle import gaussian
 from minddpm.prediction import Denoiser, Prediction, score
 from minddpm.process import q_sample
-from minddpm.schedule import Schedule, cosine, linear
+from minddpm.schedule import cosine, linear, straight
 
 MEAN = torch.tensor([0.3, -0.5], dtype=torch.float64)
 COV = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
-STRAIGHT = Schedule(1 - torch.arange(51) / 50, torch.arange(51) / 50)
-each_target = pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+STRAIGHT = straight(50)
+each_target = pytest.mark.parametrize("predicts", ["eps", "x0", "v", "velocity"])
 
 
 def normal(*shape, seed=0):
@@ -30,9 +30,9 @@ def echo(xt, t):
 @pytest.mark.parametrize(
     "schedule", [linear(1000), cosine(1000, cap=0.9)], ids=["linear", "cosine"]
 )
-def test_eps_x0_and_v_of_one_oracle_agree(schedule, t):
-    x = normal(16, 2)
-    answers = [gaussian(MEAN, COV).denoiser(schedule, p)(x, t) for p in ("eps", "x0", "v")]
+def test_all_targets_of_one_oracle_agree(schedule, t):
+    x, targets = normal(16, 2), ("eps", "x0", "v", "velocity")
+    answers = [gaussian(MEAN, COV).denoiser(schedule, p)(x, t) for p in targets]
     for other in answers[1:]:
         assert_close(other.x0, answers[0].x0, rtol=1e-12, atol=1e-12)
         assert_close(other.eps, answers[0].eps, rtol=1e-12, atol=1e-12)
@@ -53,6 +53,7 @@ def test_solve_is_the_inverse_of_target(predicts):
         ("eps", lambda x0, eps, a, b: eps),
         ("x0", lambda x0, eps, a, b: x0),
         ("v", lambda x0, eps, a, b: a * eps - b * x0),
+        ("velocity", lambda x0, eps, a, b: eps - x0),
     ],
 )
 def test_target_is_its_formula(predicts, formula):
@@ -65,7 +66,10 @@ def test_target_is_its_formula(predicts, formula):
 
 @pytest.mark.parametrize(
     "schedule, predicts",
-    [*[(linear(1000), p) for p in ("eps", "x0", "v")], (STRAIGHT, "x0"), (STRAIGHT, "v")],
+    [
+        *[(linear(1000), p) for p in ("eps", "x0", "v")],
+        *[(STRAIGHT, p) for p in ("x0", "v", "velocity")],
+    ],
 )
 def test_clipped_pair_is_in_range_and_still_consistent(schedule, predicts):
     denoiser, xt = Denoiser(lambda x, t: x.flip(1), schedule, predicts), 2 * normal(3, 3, 4, 4)
@@ -76,6 +80,19 @@ def test_clipped_pair_is_in_range_and_still_consistent(schedule, predicts):
     assert (free.x0.abs() > 1).any()
     for x0, eps, _ in (free, clipped):
         assert_close(signal * x0 + noise * eps, xt, rtol=1e-12, atol=1e-12)
+
+
+def test_velocity_of_a_gaussian_is_its_flow_differentiated():
+    """The flow moves x_t - a m along each axis as its deviation, sqrt(a^2 var + u^2), changes."""
+    schedule, x, u, h = straight(50), normal(16, 1), 0.4, 1e-6
+    law = gaussian([0.3], [[0.25]])
+
+    def moved(w):
+        spread = ((1 - w) ** 2 * 0.25 + w**2) ** 0.5 / ((1 - u) ** 2 * 0.25 + u**2) ** 0.5
+        return (1 - w) * 0.3 + spread * (x - (1 - u) * 0.3)
+
+    velocity = law.denoiser(schedule, "velocity").read(x, 20)[0]
+    assert_close(velocity, (moved(u + h) - moved(u - h)) / (2 * h), rtol=1e-7, atol=1e-8)
 
 
 def test_learned_variance_splits_the_channels():
@@ -175,7 +192,7 @@ X = torch.zeros(4, 3, 2, 2)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: Denoiser(echo, linear(50), "noise"), ValueError, "one of eps, x0, v, got 'noise'"),
+        (lambda: Denoiser(echo, linear(50), "noise"), ValueError, "x0, v, velocity, got 'noise'"),
         (
             lambda: Denoiser(echo, linear(50), variance="fixed"),
             ValueError,

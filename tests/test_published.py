@@ -237,5 +237,8 @@ def test_export_that_cannot_be_is_refused(tmp_path):
     wide = replace(narrow.model, width=128)
     with pytest.raises(ValueError, match="exists: choose another folder"):
         to_diffusers(checkpoint.build(Config(model=wide), 3, 8).net, wide, tmp_path)
+    for flow in (replace(wide, schedule="straight"), replace(wide, predicts="velocity")):
+        with pytest.raises(ValueError, match=r"no velocity: export to a \.safetensors file"):
+            to_diffusers(net, flow, tmp_path / "new")
     with pytest.raises(ValueError, match=r"a \.safetensors file or a folder, got 'a\.pt'"):
         checkpoint.export("digits", "a.pt")

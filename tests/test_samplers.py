@@ -12,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 from torch.testing import assert_close
@@ -36,7 +37,7 @@ from minddpm.samplers import (
     sample_path,
     uniform_grid,
 )
-from minddpm.schedule import Schedule, cosine, linear
+from minddpm.schedule import SCHEDULES, Schedule, cosine, linear, straight
 
 SINGLE_3, MULTI_3 = partial(dpm_solver, order=3), partial(DPMSolver, order=3)
 STEPS = [ancestral, ddim, reverse_diffusion, predictor_corrector, heun, DPMSolver, MULTI_3]
@@ -82,7 +83,7 @@ def test_impossible_numbers_of_steps_are_refused(make, steps):
         make(linear(100), steps)
 
 
-STRAIGHT = Schedule(1 - torch.arange(101) / 100, torch.arange(101) / 100)  # no signal at T
+STRAIGHT = straight(100)  # no signal at T
 
 
 @pytest.mark.parametrize("make", GRIDS.values(), ids=GRIDS)
@@ -331,6 +332,35 @@ def test_discretization_error_of_ddim_shrinks_with_the_step(schedule):
 THEIRS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_ddim_on_the_straight_schedule_is_flow_matching_in_diffusers(n):
+    denoiser = Denoiser(network, straight(1000), "velocity")
+    other = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    grid, x = uniform_grid(1000, n), normal(4, 3).float()
+    other.set_timesteps(sigmas=[t / 1000 for t in grid[:-1]])
+    theirs = x
+    for t, time in zip(grid[:-1], other.timesteps, strict=True):
+        assert_close(time.item(), float(t), rtol=1e-6, atol=0)
+        theirs = other.step(network(theirs, torch.tensor(t)), time, theirs).prev_sample
+    assert_close(sample(denoiser, x, grid, ddim, clip=False), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [ancestral, ddim, heun, DPMSolver])
+def test_a_path_rescaled_gives_the_same_images(step):
+    """signal and noise both divided by their sum lie on the straight path: only x_t changes."""
+    curved = linear(50)
+    total = curved.signal + curved.noise
+    line = Schedule(curved.signal / total, curved.noise / total)
+    scaled, x = (lambda x, t: network(x * total[t].view(-1, 1), t)), normal(6, 3)
+    v = Denoiser(network, curved, "velocity", "small")
+    rescaled = Denoiser(scaled, line, "velocity", "small")
+    ends = [
+        sample(d, start, [50, 30, 10, 4, 0], step, clip=False, generator=seeded())
+        for d, start in ((v, x), (rescaled, x / total[-1]))
+    ]
+    assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-10)
+
+
 def multistep(n, order, predicts="epsilon"):
     """Theirs, at the times of uniform_grid(1000, n) less one, with their tables in float64."""
     options = dict(algorithm_type="dpmsolver++", solver_order=order, solver_type="midpoint")
@@ -507,6 +537,10 @@ def test_solvers_have_their_order(step, order, counts, make):
 
     3M gets its first two steps from the flow: its own, of lower order, would hide what follows.
     """
+@pytest.mark.parametrize("step, order", [(ddim, 1), (heun, 2), (DPMSolver, 2)])
+@pytest.mark.parametrize("schedule", [make(32_000) for make in SCHEDULES.values()], ids=SCHEDULES)
+def test_solvers_have_their_order(step, order, schedule):
+    """The error at t = 0.1 T, from t = 0.75 T, falls as (number of steps)^-order."""
     var = torch.tensor([1.5, 0.25, 0.09, 0.01], dtype=torch.float64)  # one alone may err by luck
     schedule = make(320_000 if step is SINGLE_3 else 32_000)  # rounded nodes are a little off
     denoiser = gaussian(0.3 * torch.ones(4), var.diag()).denoiser(schedule)
@@ -557,7 +591,7 @@ def test_one_solver_object_walks_one_path(step):
 
 @pytest.mark.parametrize("step", [ddim, heun, DPMSolver, MULTI_3, *SINGLE])
 def test_flow_without_signal_at_T_is_followed(step):
-    denoiser = gaussian([0.3], [[0.25]]).denoiser(STRAIGHT, "v")
+    denoiser = gaussian([0.3], [[0.25]]).denoiser(STRAIGHT, "velocity")
     x = normal(20, 1)
     grid = range(100, -1, -4 if step in SINGLE else -1)  # these need times between
     end = sample(denoiser, x, grid, step, clip=False)
@@ -637,8 +671,8 @@ def test_samples_of_a_mixture_have_its_weights_means_and_covariances(step, varia
 )
 def test_schedule_that_does_not_preserve_variance_is_sampled_too(options):
     T, n = 300, 10_000
-    straight = Schedule(1 - torch.arange(T + 1) / T, torch.arange(T + 1) / T)
-    denoiser = gaussian([0.5, -0.2], [[0.2, 0.1], [0.1, 0.3]]).denoiser(straight, "v")
+    law = gaussian([0.5, -0.2], [[0.2, 0.1], [0.1, 0.3]])
+    denoiser = law.denoiser(straight(T), "velocity")
     grid = range(T, -1, -1)
     x = sample(denoiser, normal(n, 2), grid, clip=False, **options, **rng_of(options))
     assert_close(x.mean(0), torch.tensor([0.5, -0.2]).double(), rtol=0, atol=0.025)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
-from minddpm.schedule import SCHEDULES, Schedule, cosine, linear
+from minddpm.schedule import SCHEDULES, Schedule, cosine, linear, straight
 
 
 def linear_by_hand(T):
@@ -43,6 +43,20 @@ def test_schedule_is_the_one_of_diffusers(ours, theirs):
     other = DDPMScheduler(num_train_timesteps=1000, beta_schedule=theirs).alphas_cumprod.double()
     # Their tables are cumulative products in float32.
     assert_close(ours(1000).alpha_bar[1:], other, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("T", [1, 3, 1000])
+def test_straight_goes_from_image_to_noise_at_constant_speed(T):
+    schedule = straight(T)
+    assert schedule.T == T and SCHEDULES["straight"] is straight
+    assert schedule.signal.tolist() == [1 - k / T for k in range(T + 1)]
+    assert schedule.noise.tolist() == [k / T for k in range(T + 1)]
+    assert schedule.signal[-1] == 0
+
+
+def test_straight_has_the_noise_levels_of_flow_matching_in_diffusers():
+    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    assert_close(straight(1000).noise[1:].flip(0), theirs.sigmas.double(), rtol=1e-6, atol=0)
 
 
 def test_cosine_caps_beta_where_it_must():
@@ -120,6 +134,7 @@ def test_a_schedule_need_not_preserve_variance():
         (lambda: Schedule.from_beta([0.1, 1.1]), r"beta must lie in \(0, 1\]"),
         (lambda: linear(0), "T must be at least 1, got 0"),
         (lambda: cosine(-3), "T must be at least 1, got -3"),
+        (lambda: straight(0), "T must be at least 1, got 0"),
         (lambda: linear(10), "take a larger T or smaller betas"),
     ],
 )

@@ -41,7 +41,7 @@ CORE = [
     "train",
 ]
 
-PAPERS = r"(?:DDPM|Improved DDPM|DDIM|Score SDE|DPM-Solver|DPM-Solver\+\+|EDM)"
+PAPERS = r"(?:DDPM|Improved DDPM|DDIM|Score SDE|DPM-Solver|DPM-Solver\+\+|EDM|Rectified Flow)"
 NUMBER = r"(?:[A-Z](?:\.\d+)*|\d+(?:\.\d+)*)"  # an appendix, or 3, or 3.2
 TAG = re.compile(rf"{PAPERS} (?:eq|alg|sec|app|table)\. {NUMBER}(?:, {NUMBER})*(?=[);])")
 MATHS = ["schedule", "process", "losses", "likelihood", "samplers"]
