@@ -23,7 +23,7 @@ RANKS = [
     ["schedule", "nets.unet", "data", "config", "processes", "log"],
     ["nets.mlp", "process", "viz", "train"],
     ["nets.__init__", "prediction"],
-    ["likelihood", "oracle", "published"],
+    ["likelihood", "oracle", "published", "guidance"],
     ["losses", "samplers", "checkpoint", "metrics"],
     ["run", "generate"],
     ["cli"],
@@ -41,7 +41,7 @@ CORE = [
     "train",
 ]
 
-PAPERS = r"(?:DDPM|Improved DDPM|DDIM|Score SDE|DPM-Solver|DPM-Solver\+\+|EDM)"
+PAPERS = r"(?:DDPM|Improved DDPM|DDIM|Score SDE|DPM-Solver|DPM-Solver\+\+|EDM|CFG|ADM|RePaint)"
 NUMBER = r"(?:[A-Z](?:\.\d+)*|\d+(?:\.\d+)*)"  # an appendix, or 3, or 3.2
 TAG = re.compile(rf"{PAPERS} (?:eq|alg|sec|app|table)\. {NUMBER}(?:, {NUMBER})*(?=[);])")
 MATHS = ["schedule", "process", "losses", "likelihood", "samplers"]
