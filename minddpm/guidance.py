@@ -33,7 +33,7 @@ def guided(denoiser: Denoiser, rule: Rule) -> Denoiser:
     return Denoiser(net, denoiser.schedule, denoiser.predicts, denoiser.variance)
 
 
-def condition(denoiser: Denoiser, labels: int | Tensor | None) -> Denoiser:
+def condition(denoiser: Denoiser, labels: int | Tensor | None = None) -> Denoiser:
     """The denoiser of q(x_0 | label): a class for all images, or one for each, (B,).
 
     Its network takes (x_t, t, labels); None is "no class", the denoiser as it is. Raises ValueError

@@ -118,7 +118,8 @@ def test_a_guided_network_is_still_a_network():
     """Samplers ask it for its shape and for the device of its weights."""
     torch.manual_seed(0)
     net = UNet(1, 8, 8, (1,), 1, (), 0.0, classes=3).eval()
-    torch.nn.init.xavier_uniform_(net.last[2].weight)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
     denoiser = Denoiser(net, cosine(10), "v")
     ours = classifier_free(denoiser, torch.tensor([2, 0]), 2.0)
     assert ours.net.shape == net.shape
