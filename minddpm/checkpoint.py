@@ -35,6 +35,7 @@ def build(config: Config, channels: int, size: int) -> Denoiser:
         attention=model.attention,
         dropout=model.dropout,
         out_channels=2 * channels if model.variance == "learned" else channels,
+        classes=model.classes,
     )
     resolutions = [size >> level for level in range(len(model.multipliers))]
     if not set(model.attention) <= set(resolutions):

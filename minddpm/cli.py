@@ -102,6 +102,10 @@ class Sample:
     """A checkpoint file, a run's folder, or the name of shipped weights."""
     n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
     """Number of samples."""
+    label: int | None = None
+    """The class to draw, of a model that was trained with classes; any unless given."""
+    guidance: float = 1.0
+    """How much of what the label changes: 1 as trained, more overdoes it, 0 ignores it."""
     sampling: Sampling = field(default_factory=Sampling)
     frames: int = 0
     """Stops on the way to show: a strip in a .png; a .gif or .webp has 25 unless told."""
@@ -117,7 +121,7 @@ class Sample:
         self._check(generate.SUFFIXES)
         try:
             device = processes.join(pick_device(self.device))
-            denoiser = checkpoint.load(self.model, device)
+            denoiser = self._guide(checkpoint.load(self.model, device))
             work, options = self.sampling.work(denoiser, self.n)
             self.out.parent.mkdir(parents=True, exist_ok=True)  # or fail before the work, not after
             frames = self.frames
@@ -133,7 +137,22 @@ class Sample:
         finally:
             processes.leave()
 
+    def _guide(self, denoiser):
+        from minddpm.guidance import classifier_free, condition
+
+        classes = denoiser.net.classes
+        if self.label is None:
+            return denoiser
+        if not 0 <= self.label < classes:
+            has = f"only 0..{classes - 1}" if classes else "it was trained without classes"
+            raise ValueError(f"{self.model} has no class {self.label}: {has}")
+        if self.guidance == 1:
+            return condition(denoiser, self.label)
+        return classifier_free(denoiser, self.label, self.guidance)
+
     def _check(self, suffixes: tuple[str, ...]) -> None:
+        if self.label is None and self.guidance != 1:
+            raise ValueError("guidance needs a class to guide to: add --label")
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if self.out.suffix.lower() not in suffixes or self.out.is_dir():

@@ -26,6 +26,8 @@ class ModelConfig:
     """What the network predicts."""
     variance: Literal["small", "large", "learned"] = "large"
     """Variance of a reverse step."""
+    classes: int = 0
+    """Number of classes that the images' labels tell apart; 0 to train without labels."""
 
     def __post_init__(self):
         check(
@@ -35,6 +37,7 @@ class ModelConfig:
             blocks=(self.blocks > 0, "1 or more"),
             dropout=(0 <= self.dropout < 1, "in [0, 1)"),
             T=(self.T > 0, "1 or more"),
+            classes=(self.classes >= 0, "0 or more"),
         )
 
 
@@ -60,6 +63,8 @@ class TrainConfig:
     """Decay of the moving average of the weights, an update."""
     flip: bool = True
     """Mirror half of the images, left to right."""
+    drop_label: float = 0.1
+    """Probability that an image of a model with classes is trained on without its label."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Number format of the network's arithmetic; weights stay in fp32. auto: the GPU's best."""
     seed: int = 0
@@ -76,6 +81,7 @@ class TrainConfig:
             accumulate=(self.accumulate >= 1, "1 or more"),
             grad_clip=(self.grad_clip > 0, "positive (inf for none)"),
             ema_decay=(0 <= self.ema_decay < 1, "in [0, 1)"),
+            drop_label=(0 <= self.drop_label <= 1, "in [0, 1]"),
             seed=(0 <= self.seed < 2**63, "in 0..2^63 - 1"),
         )
 

@@ -184,20 +184,40 @@ class Batches:
         self.pixels, self.batch_size, self.seed, self.flip = pixels, batch_size, seed, flip
         self.epoch, self.order = -1, None
 
-    def __call__(self, k: int) -> Tensor:
-        """Batch k = 0, 1, ...: (batch_size, C, H, W) float32."""
+    def chosen(self, k: int) -> Tensor:
+        """Which images batch k = 0, 1, ... holds, (batch_size,), on their device."""
         epoch, position = divmod(k, len(self.pixels) // self.batch_size)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self.epoch, self.order = epoch, torch.from_numpy(rng.permutation(len(self.pixels)))
         start = position * self.batch_size
-        x = to_model(
-            self.pixels[self.order[start : start + self.batch_size].to(self.pixels.device)]
-        )
+        return self.order[start : start + self.batch_size].to(self.pixels.device)
+
+    def __call__(self, k: int) -> Tensor:
+        """Batch k: (batch_size, C, H, W) float32."""
+        x = to_model(self.pixels[self.chosen(k)])
         if self.flip:
             mirror = torch.from_numpy(np.random.default_rng([self.seed, k, 1]).random(len(x)) < 0.5)
             x = torch.where(mirror.to(x.device)[:, None, None, None], x.flip(3), x)
         return x
+
+    def labels(self, k: int, labels: Tensor, drop: float, none: int) -> Tensor:
+        """Of all the labels (N,), batch k's, (batch_size,); each is `none` with chance `drop`."""
+        rng = np.random.default_rng([self.seed, k, 2])
+        dropped = torch.from_numpy(rng.random(self.batch_size) < drop).to(labels.device)
+        return torch.where(dropped, none, labels[self.chosen(k)])
+
+
+def check_labels(labels: Tensor | None, classes: int) -> None:
+    """Raises ValueError unless there are labels, all in 0..classes - 1."""
+    if labels is None:
+        raise ValueError(f"a model with {classes} classes needs labels: these images have none")
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"with {classes} classes the labels must lie in 0..{classes - 1}, "
+            f"got {low}..{high}: number them from 0, or ask for {high + 1} --classes"
+        )
 
 
 def eight_gaussians(n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -28,6 +28,7 @@ LAYERS = {
 ENDS = {
     "embed.0": "time_embedding.linear_1",
     "embed.2": "time_embedding.linear_2",
+    "labels": "class_embedding",
     "first": "conv_in",
     "last.0": "conv_norm_out",
     "last.2": "conv_out",
@@ -58,7 +59,8 @@ def from_diffusers(source: str | Path) -> Denoiser:
     """The denoiser of a `diffusers` folder, or of a repository of the Hugging Face hub.
 
     source: a folder, or a name such as "google/ddpm-cifar10-32", which is downloaded once and kept.
-    Raises ValueError where its network or its noise is not one that this module has.
+    Of a network with classes the last one is read as "no class", which is what ours export. Raises
+    ValueError where its network or its noise is not one that this module has.
     """
     folder = Path(source)
     folder = folder if folder.is_dir() else download(str(source))
@@ -79,6 +81,7 @@ def from_diffusers(source: str | Path) -> Denoiser:
             attention=tuple(unet["sample_size"] >> i for i, attends in enumerate(kinds) if attends),
             dropout=unet.get("dropout", 0.0),
             out_channels=channels * (1 + learned),
+            classes=max(0, (unet.get("num_class_embeds") or 0) - 1),
         )
         read_into(net, weights(folder))
         predicts = TARGETS[noise.get("prediction_type", "epsilon")]
@@ -101,6 +104,8 @@ def check_config(source: str | Path, config: dict, ours: dict) -> None:
 def to_diffusers(net: UNet, model: ModelConfig, out: str | Path) -> None:
     """Write a network and what it predicts as a folder that `DDPMPipeline` can load.
 
+    The pipeline passes no labels: of one with classes only its `unet` can be used, whose last class
+    is "no class".
     Raises ValueError where `out` exists, a layer has other than 32 groups (narrower than 128), or
     the noise is flow matching's.
     """
@@ -148,6 +153,7 @@ def unet_config(net: UNet, model: ModelConfig) -> dict:
         "block_out_channels": [m * model.width for m in model.multipliers],
         "layers_per_block": model.blocks,
         "dropout": model.dropout,
+        "num_class_embeds": net.classes + 1 if net.classes else None,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
     }

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from minddpm import checkpoint, data, processes, viz
 from minddpm.config import Config
+from minddpm.guidance import condition
 from minddpm.likelihood import bound_estimate
 from minddpm.log import Log
 from minddpm.losses import draw, hybrid_loss, simple_loss
@@ -111,14 +112,21 @@ class Run:
         if rank:
             processes.wait()  # the first process downloads
         try:
-            pixels = data.load(config.data, config.split, root, config.size).pixels
+            images = data.load(config.data, config.split, root, config.size)
             held_out = config.data in data.NAMED and config.split == "train"
-            fixed = data.load(config.data, "test", root).pixels if held_out else pixels
+            fixed = data.load(config.data, "test", root) if held_out else images
         finally:  # where there are no data, each process says so
             if not rank:
                 processes.wait()
+        pixels = images.pixels
         if pixels.shape[2] != pixels.shape[3]:
             raise ValueError(f"the images must be square, got {tuple(pixels.shape[2:])}: crop them")
+        every = max(1, len(fixed.pixels) // FIXED)
+        self.labels = self.fixed_labels = None
+        if config.model.classes:
+            data.check_labels(images.labels, config.model.classes)
+            self.labels = images.labels.to(device)
+            self.fixed_labels = fixed.labels[::every][:FIXED].to(device)
         if config.train.batch_size % (config.train.accumulate * world):
             raise ValueError(
                 f"batch_size = {config.train.batch_size} must be a multiple of accumulate = "
@@ -126,7 +134,7 @@ class Run:
             )
         batch = config.train.batch_size, config.train.seed, config.train.flip
         self.batches = data.Batches(pixels.to(device), *batch)
-        self.fixed = data.to_model(fixed[:: max(1, len(fixed) // FIXED)][:FIXED]).to(device)
+        self.fixed = data.to_model(fixed.pixels[::every][:FIXED]).to(device)
 
     def _wrap(self, compile: bool) -> torch.nn.Module:
         net = self.denoiser.net
@@ -136,12 +144,21 @@ class Run:
 
     def _batch(self, k: int) -> tuple[torch.Tensor, ...]:
         x0 = self.batches(k).contiguous(memory_format=self.format)
-        return x0, *draw(self.denoiser.schedule.T, x0, None, None)
+        batch = x0, *draw(self.denoiser.schedule.T, x0, None, None)
+        if self.labels is None:
+            return batch
+        drop, none = self.config.train.drop_label, self.config.model.classes
+        return *batch, self.batches.labels(k, self.labels, drop, none)
 
     def go(self) -> None:
         """Train, showing progress, to the last step or to Ctrl-C; save, and say how to go on."""
         loss_fn = hybrid_loss if self.config.model.variance == "learned" else simple_loss
-        updates = train(self.state, lambda batch: loss_fn(self.learner, *batch), self._batch)
+
+        def loss(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            x0, t, eps, *labels = batch
+            return loss_fn(condition(self.learner, *labels), x0, t, eps)
+
+        updates = train(self.state, loss, self._batch)
         (rank, world), steps = processes.place(), self.config.train.steps
         self.log = None if rank else Log(self.out, self.state.step)
         self.began = time.monotonic() - self.seconds
@@ -202,7 +219,7 @@ class Run:
             )
 
     def save(self) -> dict:
-        """Write the checkpoint and, from the averaged weights, a grid of 64 samples.
+        """Write the checkpoint and a grid of the averaged weights' samples: 64, or 8 a class.
 
         Returns the averaged weights' loss and bound on the fixed images. Raises FloatingPointError,
         and writes nothing, where a weight is not finite.
@@ -215,7 +232,7 @@ class Run:
         size = max(1, 4 * self.config.train.batch_size // parts)  # without gradients, 4 times more
         net = InParts(self.state.ema.module.eval(), size)
         averaged = Denoiser(net, *reading(self.denoiser))
-        row = watch(averaged, self.fixed)
+        row = watch(condition(averaged, self.fixed_labels), self.fixed)
         better, self.best = row["fixed_loss"] < self.best, min(self.best, row["fixed_loss"])
         facts = dict(
             command=command_line(),
@@ -233,7 +250,9 @@ class Run:
         self.previous = self.state.step
         for file in sorted(self.out.glob("step-*.safetensors"), reverse=True)[self.keep - 1 :]:
             file.unlink()
-        picture = viz.sheet(draw_samples(averaged, 64))
+        classes = torch.arange(min(self.config.model.classes, 16)).repeat_interleave(8)
+        pictured = condition(averaged, classes) if len(classes) else averaged
+        picture = viz.sheet(draw_samples(pictured, len(classes) or 64))
         (self.out / f"samples-{self.state.step:07d}.png").write_bytes(picture)
         self.log.picture(self.state.step, picture)
         return row
@@ -246,8 +265,8 @@ class InParts(torch.nn.Module):
         super().__init__()
         self.net, self.size, self.shape = net, size, net.shape
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.net(*p) for p in zip(x.split(self.size), t.split(self.size))])
+    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.net(*p) for p in zip(*(x.split(self.size) for x in batch))])
 
 
 def watch(denoiser: Denoiser, x0: torch.Tensor) -> dict:

@@ -123,6 +123,33 @@ def test_train_on_a_folder_and_on_an_array_file(tmp_path):
     assert checkpoint.load(tmp_path / "b").net.shape == (1, 12, 12)
 
 
+def test_a_class_on_demand(tmp_path):
+    train(tmp_path / "run", "--classes", "10", "--drop-label", "0.2", steps=2)
+    drawn = {}
+    for flags in ("", "--label 3", "--label 4", "--label 3 --guidance 2", "--label 3 --guidance 0"):
+        args = ["sample", str(tmp_path / "run"), "-n", "4", "--steps", "5"]
+        main([*args, *shlex.split(flags), "--out", str(tmp_path / "s.npz")])
+        drawn[flags] = np.load(tmp_path / "s.npz")["images"].astype(int)
+    any_digit, three, four, guided, ignored = drawn.values()
+    assert (any_digit == ignored).all()
+    assert (three != four).any() and (three != any_digit).any() and (guided != three).any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("digits --label 3", "digits has no class 3: it was trained without classes"),
+        ("digits-classes --label 10", "digits-classes has no class 10: only 0..9"),
+        ("digits-classes --label -1", "digits-classes has no class -1: only 0..9"),
+        ("digits-classes --guidance 2", "guidance needs a class to guide to: add --label"),
+    ],
+)
+def test_a_class_that_is_not_there_gets_one_line(tmp_path, flags, message):
+    out = tmp_path / "s.png"
+    assert message in mistake(main, ["sample", *shlex.split(flags), "--out", str(out)])
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -396,6 +396,47 @@ def test_the_mirroring_of_the_first_batch_is_independent_of_its_order():
     assert abs((mirrored == spent).sum().item() - 100) < 5 * 7.1
 
 
+def test_labels_travel_with_their_images_and_a_share_is_dropped():
+    images, labels = numbered(200), torch.arange(200) % 7
+    batches = data.Batches(images, 40, seed=3)
+    dropped = 0
+    for k in (11, *range(10)):
+        true = data.to_uint8(batches(k)).flatten() % 7
+        assert torch.equal(batches.labels(k, labels, 0.0, 7), true)
+        seen = batches.labels(k, labels, 0.3, 7)
+        assert torch.equal(seen, data.Batches(images, 40, seed=3).labels(k, labels, 0.3, 7))
+        assert ((seen == true) | (seen == 7)).all()
+        dropped += (seen == 7).sum().item()
+    assert (batches.labels(0, labels, 1.0, 7) == 7).all()
+    other = data.Batches(images, 40, seed=4)
+    where = [(b.labels(0, labels, 0.3, 7) == 7).tolist() for b in (batches, other)]
+    assert where[0] != where[1] != (batches.labels(1, labels, 0.3, 7) == 7).tolist()
+    # 440 coins of 0.3: mean 132, deviation 9.6; five deviations
+    assert abs(dropped - 132) < 5 * 9.6
+
+
+def test_whether_a_label_is_dropped_does_not_depend_on_the_mirroring():
+    batches = data.Batches(numbered(200), 200, seed=4)
+    dropped = batches.labels(0, torch.zeros(200, dtype=torch.int64), 0.5, 1) == 1
+    for spent in ([4, 0], [4, 0, 1]):
+        coins = torch.from_numpy(np.random.default_rng(spent).random(200) < 0.5)
+        assert abs((dropped == coins).sum().item() - 100) < 5 * 7.1
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "a model with 3 classes needs labels: these images have none"),
+        ([0, 3], r"with 3 classes the labels must lie in 0..2, got 0..3: .* ask for 4 --classes"),
+        ([-1, 2], r"with 3 classes the labels must lie in 0..2, got -1..2"),
+    ],
+)
+def test_labels_that_are_no_classes_get_one_line(labels, message):
+    data.check_labels(torch.tensor([0, 2, 1]), 3)
+    with pytest.raises(ValueError, match=message):
+        data.check_labels(None if labels is None else torch.tensor(labels), 3)
+
+
 @pytest.mark.parametrize("size", [0, -1, 21])
 def test_an_impossible_batch_size_gets_one_line(size):
     with pytest.raises(ValueError, match=r"batch_size must lie in 1..20 .*got"):

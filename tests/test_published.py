@@ -229,6 +229,25 @@ def test_our_network_runs_in_their_pipeline(model, tmp_path):
     assert_close(ours, step.prev_sample, rtol=1e-4, atol=1e-4)
 
 
+def test_a_network_with_classes_goes_there_and_back(tmp_path):
+    torch.manual_seed(0)
+    model = ModelConfig(multipliers=(1, 1), blocks=1, attention=(4,), classes=3)
+    net = checkpoint.build(Config(model=model), 3, 8).net.eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.02 * torch.randn_like(p)
+    to_diffusers(net, model, tmp_path / "theirs")
+    other = UNet2DModel.from_pretrained(tmp_path / "theirs" / "unet")
+    x, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([1, 500, 1000]), torch.tensor([0, 2, 3])
+    again = from_diffusers(tmp_path / "theirs").net
+    assert again.classes == 3
+    with torch.no_grad():
+        expected = other(x, t - 1, labels).sample
+        assert_close(net(x, t, labels), expected, rtol=1e-5, atol=1e-5)
+        assert_close(again(x, t, labels), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(net(x, t), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_export_that_cannot_be_is_refused(tmp_path):
     narrow = Config(model=ModelConfig(width=64, multipliers=(1,), blocks=1, attention=()))
     net = checkpoint.build(narrow, 3, 8).net

@@ -243,6 +243,71 @@ def test_accumulation_trains_on_the_same_batch(tmp_path):
             assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
 
 
+# Classes
+
+WITH_CLASSES = replace(CONFIG, model=replace(CONFIG.model, classes=10))
+
+
+def test_a_run_with_classes_resumes_exactly_and_its_parts_are_its_batch(tmp_path):
+    half = replace(WITH_CLASSES, train=replace(CONFIG.train, steps=3))
+    run(tmp_path / "a", half).go()
+    run(tmp_path / "a", WITH_CLASSES, resume=True).go()
+    run(tmp_path / "b", WITH_CLASSES).go()
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
+    plain = replace(WITH_CLASSES, model=replace(WITH_CLASSES.model, dropout=0.0))
+    for name, accumulate in [("whole", 1), ("parts", 4)]:
+        train = replace(CONFIG.train, accumulate=accumulate)
+        run(tmp_path / name, replace(plain, train=train)).go()
+    whole, parts = (load_file(tmp_path / x / "last.safetensors") for x in ("whole", "parts"))
+    for name in whole:
+        if name.startswith("net."):
+            assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-5)
+    picture = np.asarray(Image.open(tmp_path / "whole" / "samples-0000006.png"))
+    assert picture.shape == (10 * 72, 8 * 72)  # a row of eight for each class
+    assert checkpoint.load(tmp_path / "whole").net.classes == 10
+
+
+def test_a_run_trains_each_image_on_its_own_label(tmp_path, monkeypatch):
+    seen, images = [], data.load("digits", "train")
+    of = {x.numpy().tobytes(): y.item() for x, y in zip(images.pixels, images.labels)}
+
+    def loss(denoiser, x0, t, eps):
+        labels = denoiser.net.rule.__closure__
+        (labels,) = (c.cell_contents for c in labels if isinstance(c.cell_contents, torch.Tensor))
+        seen.append((x0, labels))
+        return real(denoiser, x0, t, eps)
+
+    real = module.simple_loss
+    monkeypatch.setattr(module, "simple_loss", loss)
+    train = replace(CONFIG.train, drop_label=0.5, flip=False, steps=20)
+    run(tmp_path, replace(WITH_CLASSES, train=train)).go()
+    pairs = [
+        (of[data.to_uint8(x).numpy().tobytes()], y.item())
+        for x0, labels in seen[:20]
+        for x, y in zip(x0, labels)
+    ]
+    assert len(pairs) == 160 and all(got in (true, 10) for true, got in pairs)
+    # 160 fair coins, deviation 6.3; five deviations
+    assert abs(sum(got == 10 for _, got in pairs) - 80) < 5 * 6.3
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "a model with 10 classes needs labels: these images have none"),
+        (np.arange(8) + 3, r"with 10 classes the labels must lie in 0..9, got 3..10"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_training(tmp_path, labels, message):
+    arrays = {"images": np.zeros((8, 8, 8), np.uint8)} | (
+        {} if labels is None else {"labels": labels}
+    )
+    np.savez(tmp_path / "images.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", replace(WITH_CLASSES, data=str(tmp_path / "images.npz")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["save_every", "keep"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_save_every_and_keep_must_be_positive(tmp_path, name, value):

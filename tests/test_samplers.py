@@ -531,16 +531,12 @@ def made(step):
         (MULTI_3, 3, (50, 100, 200)),
     ],
 )
-@pytest.mark.parametrize("make", [linear, cosine])
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 def test_solvers_have_their_order(step, order, counts, make):
     """The error at t = 0.1 T, from t = 0.75 T, falls as (number of steps)^-order.
 
     3M gets its first two steps from the flow: its own, of lower order, would hide what follows.
     """
-@pytest.mark.parametrize("step, order", [(ddim, 1), (heun, 2), (DPMSolver, 2)])
-@pytest.mark.parametrize("schedule", [make(32_000) for make in SCHEDULES.values()], ids=SCHEDULES)
-def test_solvers_have_their_order(step, order, schedule):
-    """The error at t = 0.1 T, from t = 0.75 T, falls as (number of steps)^-order."""
     var = torch.tensor([1.5, 0.25, 0.09, 0.01], dtype=torch.float64)  # one alone may err by luck
     schedule = make(320_000 if step is SINGLE_3 else 32_000)  # rounded nodes are a little off
     denoiser = gaussian(0.3 * torch.ones(4), var.diag()).denoiser(schedule)

@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import backmatter
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "minddpm"
@@ -23,7 +24,7 @@ RANKS = [
     ["schedule", "nets.unet", "data", "config", "processes", "log"],
     ["nets.mlp", "process", "viz", "train"],
     ["nets.__init__", "prediction"],
-    ["likelihood", "oracle", "published"],
+    ["likelihood", "oracle", "published", "guidance"],
     ["losses", "samplers", "checkpoint", "metrics"],
     ["run", "generate"],
     ["cli"],
@@ -41,9 +42,8 @@ CORE = [
     "train",
 ]
 
-PAPERS = r"(?:DDPM|Improved DDPM|DDIM|Score SDE|DPM-Solver|DPM-Solver\+\+|EDM|Rectified Flow)"
 NUMBER = r"(?:[A-Z](?:\.\d+)*|\d+(?:\.\d+)*)"  # an appendix, or 3, or 3.2
-TAG = re.compile(rf"{PAPERS} (?:eq|alg|sec|app|table)\. {NUMBER}(?:, {NUMBER})*(?=[);])")
+TAG = re.compile(rf"{backmatter.PAPER} (?:eq|alg|sec|app|table)\. {NUMBER}(?:, {NUMBER})*(?=[);])")
 MATHS = ["schedule", "process", "losses", "likelihood", "samplers"]
 HELPERS = {
     "cast",

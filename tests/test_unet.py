@@ -159,6 +159,56 @@ def test_whole_network_computes_what_the_published_one_does():
         assert not torch.allclose(ours(x, t - 1), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_classes_change_nothing_but_what_their_embedding_adds():
+    nets = []
+    for classes in (0, 10):
+        torch.manual_seed(3)
+        nets.append(UNet(**SMALL, classes=classes).eval())
+    without, with_ = nets
+    assert (without.classes, with_.classes) == (0, 10)
+    states = without.state_dict(), with_.state_dict()
+    assert states[1].keys() - states[0].keys() == {"labels.weight"}
+    assert states[1].pop("labels.weight").shape == (11, 128)
+    for name, x in states[0].items():
+        assert torch.equal(states[1][name], x)
+    nn.init.dirac_(without.last[2].weight)
+    with_.load_state_dict(without.state_dict(), strict=False)
+    for p in [*without.down.parameters()]:
+        nn.init.constant_(p, 0.01)
+    with_.load_state_dict(without.state_dict(), strict=False)
+    x, t = torch.randn(4, 3, 8, 8), torch.tensor([1, 20, 300, 1000])
+    labels = torch.tensor([0, 9, 10, 4])
+    assert not torch.allclose(with_(x, t, labels), without(x, t))
+    assert torch.equal(with_(x, t), with_(x, t, torch.full((4,), 10)))
+    nn.init.zeros_(with_.labels.weight)
+    assert torch.equal(with_(x, t, labels), without(x, t))
+
+
+def test_network_with_classes_computes_what_the_published_kind_does():
+    torch.manual_seed(0)
+    kind = dict(sample_size=8, block_out_channels=(128, 128), layers_per_block=1)
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    same = dict(attention_head_dim=None, norm_eps=1e-6, downsample_padding=0, freq_shift=1)
+    theirs = UNet2DModel(
+        **kind, **same, down_block_types=down, up_block_types=up, flip_sin_to_cos=False,
+        num_class_embeds=6,
+    ).eval()  # fmt: skip
+    ours = UNet(size=8, multipliers=(1, 1), blocks=1, attention=(4,), classes=5).eval()
+    pairs = theirs_by_our_name(theirs) | {"labels": theirs.class_embedding}
+    state = ours.state_dict()
+    for prefix, module in pairs.items():
+        for name, weight in module.named_parameters(recurse=False):
+            state[f"{prefix}.{name}"] = weight.detach().view(state[f"{prefix}.{name}"].shape)
+    ours.load_state_dict(state)
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([1, 300, 1000])
+    with torch.no_grad():
+        for labels in (torch.tensor([0, 4, 2]), torch.tensor([5, 5, 5])):
+            expected = theirs(x, t - 1, labels).sample
+            assert_close(ours(x, t, labels), expected, rtol=1e-5, atol=1e-5)
+        assert_close(ours(x, t), expected, rtol=1e-5, atol=1e-5)  # 5 is "no class"
+        assert not torch.allclose(ours(x, t, labels - 1), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_time_embedding_is_sines_then_cosines():
     dim, t = 12, [0, 1, 37, 999]
     frequency = [10_000 ** (-i / 5) for i in range(6)]  # half - 1 = 5 steps from 1 to 1e-4
@@ -299,6 +349,10 @@ def test_every_parameter_of_a_trained_network_receives_a_gradient():
         ),
         (lambda: UNet(**SMALL)(torch.zeros(2, 3, 8, 8), torch.ones(2, 1)), r"got \(2, 1\)"),
         (lambda: UNet(**SMALL)(torch.zeros(2, 3, 8, 8), 5), r"shape \(2,\), .* got \(\)"),
+        (
+            lambda: UNet(**SMALL)(torch.zeros(2, 3, 8, 8), torch.ones(2), torch.zeros(2)),
+            "built without classes: it takes no labels",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -115,13 +115,14 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x_t (B, channels, size, size), t (B,)) -> (B, out_channels, size, size).
+    """(x_t (B, channels, size, size), t (B,), labels (B,)) -> (B, out_channels, size, size).
 
     channels, size: of the images. width: channels at full resolution; multipliers: of the width,
     one per resolution, each half the last. blocks: residual blocks per resolution on the way down
     (one more on the way up). attention: the resolutions with attention after each block. dropout:
     its probability. out_channels: channels unless given; 2 * channels for a learned variance.
-    Raises ValueError where size cannot be halved often enough.
+    classes: labels are 0..classes - 1, and `classes` itself says "no class", as leaving them out
+    does; 0 classes, no labels. Raises ValueError where size cannot be halved often enough.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class UNet(nn.Module):
         attention: tuple[int, ...] = (16,),
         dropout: float = 0.1,
         out_channels: int | None = None,
+        classes: int = 0,
     ):
         super().__init__()
         if size % 2 ** (len(multipliers) - 1):
@@ -144,6 +146,7 @@ class UNet(nn.Module):
         if width % 4:
             raise ValueError(f"width must be a multiple of 4, got {width}")
         self.shape, self.width, c_time = (channels, size, size), width, 4 * width
+        self.classes = classes
         self.embed = nn.Sequential(
             scaled(nn.Linear(width, c_time)),
             nn.SiLU(),
@@ -179,11 +182,19 @@ class UNet(nn.Module):
         self.last = nn.Sequential(
             group_norm(c), nn.SiLU(), conv(c, out_channels or channels, scale=0)
         )
+        if classes:
+            self.labels = nn.Embedding(classes + 1, c_time)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         check_input(x, t, self.shape)
         # The published networks count the first noising step as 0.
-        time = self.embed(time_embedding(t - 1, self.width).to(x.dtype))
+        time = self.embed[:-1](time_embedding(t - 1, self.width).to(x.dtype))
+        if self.classes:
+            none = torch.full_like(t, self.classes, dtype=torch.int64)
+            time = time + self.labels(none if labels is None else labels)
+        elif labels is not None:
+            raise ValueError("this network was built without classes: it takes no labels")
+        time = self.embed[-1](time)
         h = self.first(x)
         skips = [h]
         for layer in self.down:
