@@ -19,8 +19,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "15-find-the-bug.ipynb"
-SLOW = ["diffusers.models.unets.unet_2d", "diffusers.schedulers", "safetensors.torch", "scipy.stats"]
-SLOW += ["sklearn.datasets", "torch.distributions", "torch.optim.swa_utils", "torch.testing", "tqdm"]
+SLOW = [
+    "diffusers.models.unets.unet_2d",
+    "diffusers.schedulers",
+    "safetensors.torch",
+    "scipy.stats",
+]
+SLOW += [
+    "sklearn.datasets",
+    "torch.distributions",
+    "torch.optim.swa_utils",
+    "torch.testing",
+    "tqdm",
+]
 
 
 @cache
