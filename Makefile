@@ -42,7 +42,7 @@ book: $(STAMP)  ## Build the book with warnings as errors, and say which page to
 test: $(STAMP)  ## Lint the code, run the unit tests, replay every notebook (JOBS=4 for four at a time)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval notebooks
 
 notebooks: $(STAMP)  ## Run every notebook in place and store its outputs (ONLY=notebooks/x.ipynb for one)

@@ -49,6 +49,7 @@ def test_the_cifar10_preset_is_the_papers_recipe():
             "T": 1000,
             "predicts": "eps",
             "variance": "large",
+            "classes": 0,
         },
         "train": {
             "steps": 800_000,
@@ -61,6 +62,7 @@ def test_the_cifar10_preset_is_the_papers_recipe():
             "ema_decay": 0.9999,
             "flip": True,
             "precision": "auto",
+            "drop_label": 0.1,
             "seed": 0,
         },
     }

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("zoo")  # one process makes the copies for all of them
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "15-find-the-bug.ipynb"
 SLOW = [
