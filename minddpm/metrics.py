@@ -80,7 +80,7 @@ def frechet_extrapolated(
 
 def nearest(x: Tensor, y: Tensor, k: int = 1, skip: int = 0, batch: int = 500) -> Tensor:
     """Distance of each x (N, D) to its k-th nearest y (M, D), (N,); skip=1 if y is x itself."""
-    check_features(x, y)
+    check_features(x, y, least=1)
     if not 1 <= k <= len(y) - skip:
         raise ValueError(f"k must lie in 1..{len(y) - skip}, the neighbours there are, got {k}")
     y = y.double()
@@ -276,11 +276,11 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def check_features(x: Tensor, y: Tensor) -> None:
-    """Raises ValueError unless both are features (N, D) of two or more points, of one D."""
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+def check_features(x: Tensor, y: Tensor, least: int = 2) -> None:
+    """Raises ValueError unless both are features (N, D) of so many points or more, of one D."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < least:
         raise ValueError(
-            "expected features (N, D) and (M, D) of two or more points, got shapes "
+            f"expected features (N, D) and (M, D) of {least} or more points each, got shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
 
