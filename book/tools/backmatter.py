@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CLAIM = re.compile(r"<!-- claim: (measured|proved|cited) ([^>]+?) -->")
 EQUATION = re.compile(r"\((eq-[\w-]+)\)\s*\n\s*<!-- equation: ([^>]+?) -->")
 LABEL = re.compile(r"(?:^|\s)\(((?:eq|sec)-[\w-]+)\)(?:=|\s*$)", re.M)
-PAPER = r"(Improved DDPM|DDPM|DDIM|Score SDE|NCSN|DPM-Solver\+\+|DPM-Solver|EDM|VDM|Flow Matching|Rectified Flow)"
+PAPER = (
+    r"(Improved DDPM|DDPM|DDIM|Score SDE|NCSN|DPM-Solver\+\+|DPM-Solver|EDM|VDM"
+    r"|Flow Matching|Rectified Flow)"
+)
 SOURCE = re.compile(PAPER + r" ((?:eq|alg|sec|app|table)\. [\w.]+(?:, (?=\d)[\w.]+)*)")
 NUMBER = re.compile(r"\d\.\d|\d\s?%|\d,\d{3}")
 STATUSES = ("proved", "measured", "cited")
