@@ -92,6 +92,15 @@ def test_balls_by_brute_force():
         assert metrics.density_coverage(real, fake, k, batch=7) == pytest.approx(expected)
 
 
+def test_a_ball_has_its_edge():
+    real, fake = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[4.0], [9]])
+    assert metrics.precision_recall(real, fake, 1) == (
+        0.5,
+        1,
+    )  # 4 lies on the edge of 3's ball; 4's own reaches from -1 to 9
+    assert metrics.density_coverage(real, fake, 1) == (0.5, 0.25)
+
+
 def test_density_and_coverage_of_one_law_are_as_predicted():
     n, m, k = 60, 40, 3
     pairs = [(points(n, 2, s), points(m, 2, 1000 + s)) for s in range(300)]
