@@ -123,11 +123,19 @@ def test_train_on_a_folder_and_on_an_array_file(tmp_path):
     assert checkpoint.load(tmp_path / "b").net.shape == (1, 12, 12)
 
 
+def test_flags_of_classes_reach_the_run(tmp_path):
+    from minddpm import checkpoint
+
+    train(tmp_path, "--classes", "10", "--drop-label", "0.2", steps=1)
+    config = checkpoint.read(tmp_path)[1]
+    assert (config.model.classes, config.train.drop_label) == (10, 0.2)
+
+
 def test_a_class_on_demand(tmp_path):
     drawn = {}
     for flags in ("", "--label 3", "--label 4", "--label 3 --guidance 2", "--label 3 --guidance 0"):
         args = ["sample", "digits-classes", "-n", "4", "--steps", "5"]
-        main([*args, *shlex.split(flags), "--out", str(tmp_path / "s.npz")])
+        main([*args, *shlex.split(flags), "--device", "cpu", "--out", str(tmp_path / "s.npz")])
         drawn[flags] = np.load(tmp_path / "s.npz")["images"].astype(int)
     any_digit, three, four, guided, ignored = drawn.values()
     assert (any_digit == ignored).all()
