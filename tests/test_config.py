@@ -49,6 +49,7 @@ def test_the_cifar10_preset_is_the_papers_recipe():
             "T": 1000,
             "predicts": "eps",
             "variance": "large",
+            "classes": 0,
         },
         "train": {
             "steps": 800_000,
@@ -60,6 +61,7 @@ def test_the_cifar10_preset_is_the_papers_recipe():
             "grad_clip": 1.0,
             "ema_decay": 0.9999,
             "flip": True,
+            "drop_label": 0.1,
             "precision": "fp32",
             "seed": 0,
         },
