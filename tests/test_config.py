@@ -61,13 +61,8 @@ def test_the_cifar10_preset_is_the_papers_recipe():
             "grad_clip": 1.0,
             "ema_decay": 0.9999,
             "flip": True,
-<<<<<<< HEAD
             "precision": "auto",
             "drop_label": 0.1,
-=======
-            "drop_label": 0.1,
-            "precision": "fp32",
->>>>>>> ch12
             "seed": 0,
         },
     }
