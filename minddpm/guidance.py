@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minddpm.prediction import TARGETS, Denoiser
 from minddpm.process import check_same_shape, q_sample, q_step
+from minddpm.samplers import DPMSolver
 from minddpm.schedule import cast
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -44,11 +45,16 @@ def condition(denoiser: Denoiser, labels: int | Tensor | None = None) -> Denoise
     labels, classes = torch.as_tensor(labels), getattr(denoiser.net, "classes", None)
     if classes == 0:
         raise ValueError("this model was trained without classes: it takes no labels")
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1:
+        raise ValueError("labels must be one whole number, or one for each image, (B,)")
+    labels = labels.long()
     # On a GPU this would wait for it, at every update.
     if classes and labels.is_cpu and not ((labels >= 0) & (labels <= classes)).all():
         raise ValueError(f"labels must lie in 0..{classes - 1}, got {labels.tolist()}")
 
     def rule(xt: Tensor, t: Tensor) -> Tensor:
+        if labels.ndim and len(labels) not in (1, len(xt)):
+            raise ValueError(f"{len(labels)} labels do not fit a batch of {len(xt)} images")
         return denoiser.net(xt, t, labels.to(xt.device).expand(len(xt)))
 
     return guided(denoiser, rule)
@@ -100,7 +106,7 @@ def inpaint(step, known: Tensor, mask: Tensor, rounds: int = 1):
     known: (B, ...), the clean image, read where mask, (B, ...) or one for all, is True. rounds: how
     often each step is taken; in between x_s is noised to x_t again.
     """
-    if rounds < 1 or isinstance(step, type):
+    if rounds < 1 or isinstance(getattr(step, "func", step), (type, DPMSolver)):
         raise ValueError("rounds must be 1 or more, and the step one that remembers nothing")
 
     def stepping(denoiser: Denoiser, xt: Tensor, t: int, s: int, *, generator=None, **options):

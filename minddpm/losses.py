@@ -94,6 +94,8 @@ class ImportanceTimes:
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Remember the losses (B,) at times t (B,), without their weights; the oldest are lost."""
         loss = loss.detach().double().cpu()
+        if t.shape != loss.shape or not ((t >= 1) & (t <= len(self.history))).all():
+            raise ValueError(f"expected one loss for each t in 1..{len(self.history)}")
         if not loss.isfinite().all():
             raise ValueError("a loss is NaN or infinite: lower the learning rate")
         for row, value in zip((t - 1).tolist(), loss):

@@ -68,6 +68,8 @@ def frechet_extrapolated(
     For n at even distances from M / 10 to M, each a fresh draw from y. Chong and Forsyth's
     FID-infinity: the limit removes the bias of y's finite number, not that of x's.
     """
+    if points < 2:
+        raise ValueError(f"a line needs 2 points or more, got {points}")
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.linspace(len(y) / 10, len(y), points).round().int().tolist()
     if sizes[0] < 2:
@@ -95,6 +97,7 @@ def precision_recall(
 
     The ball of a point reaches to its k-th nearest neighbour in its own set.
     """
+    check_features(real, fake)
     found = []
     for centres, points in ((real, fake), (fake, real)):
         radius, c = nearest(centres, centres, k, skip=1, batch=batch), centres.double()
@@ -111,6 +114,7 @@ def density_coverage(
     real: (N, D), fake: (M, D). If both have one law, the expected density is 1 and the expected
     coverage 1 - (N - 1) ... (N - k) / ((N + M - 1) ... (N + M - k)), about 1 - 2**-k at N = M.
     """
+    check_features(real, fake, least=1)
     radius, y, count, hit = nearest(real, real, k, skip=1, batch=batch), fake.double(), 0, []
     for part, r in zip(real.double().split(batch), radius.split(batch)):
         inside = distances(part, y) <= r[:, None]
@@ -283,6 +287,8 @@ def check_features(x: Tensor, y: Tensor, least: int = 2) -> None:
             f"expected features (N, D) and (M, D) of {least} or more points each, got shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("features hold NaN or infinity: look at the images, or at the network")
 
 
 def check_pair(real: Tensor, fake: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Guidance against mixtures of Gaussians, where every guided score is a known gradient."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -208,3 +209,24 @@ def test_nothing_known_is_the_step_itself_and_all_known_is_the_image():
     ours = sample(denoiser, x, grid, inpaint(ddim, x, nothing), clip=False)
     assert_close(ours, sample(denoiser, x, grid, ddim, clip=False), rtol=0, atol=0)
     assert torch.equal(sample(denoiser, x, grid, inpaint(ddim, x + 1, everything)), x + 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0.0, 1.0]), "labels must be one whole number"),
+        (torch.tensor([True, False]), "labels must be one whole number"),
+        (torch.zeros(2, 1).long(), "labels must be one whole number"),
+        ([0, 1, 2], "3 labels do not fit a batch of 2 images"),
+    ],
+)
+def test_labels_that_cannot_be_get_one_line(labels, message):
+    denoiser = Denoiser(lambda x, t, y: x * y.view(-1, 1), cosine(10), "v")
+    with pytest.raises(ValueError, match=message):
+        condition(denoiser, labels)(torch.randn(2, 3), 5)
+
+
+@pytest.mark.parametrize("step", [DPMSolver, DPMSolver(), partial(DPMSolver, order=3)])
+def test_a_step_that_remembers_is_refused_for_inpainting(step):
+    with pytest.raises(ValueError):
+        inpaint(step, torch.zeros(1, 3), torch.ones(1, 3).bool())

@@ -277,3 +277,11 @@ def test_importance_times_name_bad_input(arguments):
 def test_importance_times_refuse_a_loss_that_is_no_number():
     with pytest.raises(ValueError, match="a loss is NaN or infinite"):
         ImportanceTimes(2).update(torch.tensor([1]), torch.tensor([torch.nan]))
+
+
+@pytest.mark.parametrize(("t", "loss"), [([0], [7.0]), ([4], [7.0]), ([1, 2], [7.0])])
+def test_losses_of_impossible_times_are_refused(t, loss):
+    times = ImportanceTimes(3, 1)
+    with pytest.raises(ValueError, match=r"one loss for each t in 1\.\.3"):
+        times.update(torch.tensor(t), torch.tensor(loss))
+    assert times.history.isnan().all()

@@ -325,3 +325,16 @@ def test_shipped_digits_are_nearer_to_digits_than_half_trained_ones_would_be(jud
     fakes = [generate.samples(denoiser, 400, uniform_grid(1000, k), ddim) for k in (1, 3, 25)]
     distances = [metrics.frechet(digits.pixels, fake, net) for fake in fakes]
     assert distances[0] > 2 * distances[1] > 2 * distances[2]
+
+
+def test_features_that_cannot_be_compared_get_one_line():
+    real = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    broken = torch.where(torch.arange(20)[:, None] < 9, torch.nan, real)
+    for measure in (metrics.precision_recall, metrics.density_coverage, metrics.frechet_distance):
+        with pytest.raises(ValueError, match="features hold NaN or infinity"):
+            measure(real, broken)
+        for other in (real[:0], real[:, :2], real[:, 0]):
+            with pytest.raises(ValueError, match="expected features"):
+                measure(real, other)
+    with pytest.raises(ValueError, match="a line needs 2 points"):
+        metrics.frechet_extrapolated(real, real, points=1)

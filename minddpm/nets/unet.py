@@ -188,13 +188,15 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         check_input(x, t, self.shape)
         # The published networks count the first noising step as 0.
-        time = self.embed[:-1](time_embedding(t - 1, self.width).to(x.dtype))
+        time = time_embedding(t - 1, self.width).to(x.dtype)
         if self.classes:
             none = torch.full_like(t, self.classes, dtype=torch.int64)
-            time = time + self.labels(none if labels is None else labels)
-        elif labels is not None:
+            label = self.labels(none if labels is None else labels)
+            time = self.embed[-1](self.embed[:-1](time) + label)
+        elif labels is None:
+            time = self.embed(time)
+        else:
             raise ValueError("this network was built without classes: it takes no labels")
-        time = self.embed[-1](time)
         h = self.first(x)
         skips = [h]
         for layer in self.down:
