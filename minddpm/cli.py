@@ -201,9 +201,7 @@ class Evaluate:
             if self.n:
                 print(f"{self.n:,} samples of {self.model} ({self.sampling})")
                 print(f"against the {len(train.pixels):,} training images of {self.data}:")
-                for line in metrics.report(
-                    self.features, train, fake, self.data, self.root, device
-                ):
+                for line in metrics.report(self.features, train, fake, self.root, device):
                     print(line)
             if self.bits:
                 test = data.load(self.data, "test", self.root, size).pixels[: self.bits]

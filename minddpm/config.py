@@ -174,6 +174,29 @@ MNIST = Config(
         precision="auto",
     ),
 )
+CIFAR10_TINY = Config(
+    model=ModelConfig(
+        width=32,
+        multipliers=(1, 2, 4),
+        blocks=1,
+        attention=(8,),
+        dropout=0.0,
+        schedule="cosine",
+        predicts="v",
+        variance="small",
+        classes=10,
+    ),
+    train=TrainConfig(
+        steps=11_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup=500,
+        cooldown=6000,
+        ema_decay=0.998,
+        drop_label=0.15,
+        precision="auto",
+    ),
+)
 CIFAR10_SMALL = Config(
     model=ModelConfig(
         multipliers=(1, 1, 2, 2), blocks=1, schedule="cosine", predicts="v", variance="small"
@@ -192,6 +215,7 @@ CIFAR10 = Config(train=TrainConfig(precision="auto"))
 PRESETS = {
     "digits": ("scikit-learn's 8 x 8 digits: minutes on two CPU cores", DIGITS),
     "mnist": ("MNIST, padded to 32 x 32: for a GPU", MNIST),
+    "cifar10-tiny": ("CIFAR-10 by class, 2.7 M: an hour or two on two CPU cores", CIFAR10_TINY),
     "cifar10-small": ("CIFAR-10, a faster recipe: 60,000 updates of 18.9 M", CIFAR10_SMALL),
     "cifar10": ("CIFAR-10, the paper's recipe: 800,000 updates of the 35.7 M network", CIFAR10),
 }

@@ -1,5 +1,6 @@
 """How far samples are from data, and whether they are copies of it; bits per dimension."""
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minddpm.data import Images, to_model
+from minddpm.data import Images, check_labels, to_model
 from minddpm.likelihood import ode_bits, vlb_terms
 
 
@@ -139,7 +140,7 @@ def copying(train: Tensor, held_out: Tensor, fake: Tensor) -> tuple[float, float
     return share, (share - 0.5) / ((m + h + 1) / (12 * m * h)) ** 0.5
 
 
-def report(kind: str, train: Images, fake: Tensor, name: str, root: str, device: str) -> list[str]:
+def report(kind: str, train: Images, fake: Tensor, root: str, device: str) -> list[str]:
     """What `minddpm evaluate` says of samples (N, C, H, W): the figures, and how they were made."""
     if kind == "inception":
         fid = frechet(train.pixels, fake, 2048, device=device)
@@ -148,7 +149,7 @@ def report(kind: str, train: Images, fake: Tensor, name: str, root: str, device:
             f"FID {fid:.2f}, Inception score {score:.2f} +- {spread:.2f}",
             "(torch-fidelity's Inception; comparable only for 50,000 samples)",
         ]
-    net = classifier(name, train, root, device)
+    net = classifier(train, root, device)
     x, y = extract(train.pixels, net), extract(fake, net)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     floor = frechet_distance(*(x[half] for half in order.chunk(2)))
@@ -198,7 +199,7 @@ def bits(
 
 
 class Classifier(nn.Module):
-    """A small network (B, C, H, W) uint8 -> (B, 256) features; `classify` gives 10 log odds.
+    """A small network (B, C, H, W) uint8 -> (B, 256) features; `classify` gives log odds.
 
     It measures progress where the Inception cannot be downloaded; a distance in its features is
     not an FID, and compares only with distances in the same weights' features.
@@ -206,20 +207,20 @@ class Classifier(nn.Module):
 
     num_features = 256
 
-    def __init__(self, channels: int = 3):
+    def __init__(self, channels: int = 3, classes: int = 10):
         super().__init__()
         widths = [channels, 64, 64, 128, 128, 256, 256]
         layers = []
         for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)]
             layers += [nn.ReLU()] + [nn.MaxPool2d(2)] * (i in (1, 3))
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(256, 10)
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(256, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.body(to_model(pixels)).mean((2, 3))
 
     def classify(self, pixels: Tensor) -> Tensor:
-        """The unnormalized log odds of the ten classes, (B, 10)."""
+        """The unnormalized log odds of the classes, (B, classes)."""
         return self.head(self(pixels))
 
 
@@ -227,10 +228,8 @@ def train_classifier(
     images: Images, steps: int = 4000, batch: int = 256, device: str = "cpu", seed: int = 0
 ) -> Classifier:
     """A Classifier fitted to labelled images, shifted and (in colour) mirrored at random."""
-    if images.labels is None:
-        raise ValueError("a classifier needs labels: these images have none")
     torch.manual_seed(seed)
-    net = Classifier(images.pixels.shape[1]).to(device)
+    net = untrained(images).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
     pixels, labels = images.pixels.to(device), images.labels.to(device)
@@ -249,14 +248,24 @@ def train_classifier(
     return net.eval().requires_grad_(False)
 
 
-def classifier(name: str, images: Images, root: str, device: str, **options) -> Classifier:
-    """The classifier of a data set, from `root` where it was trained before."""
-    file = Path(root) / f"classifier-{name}.safetensors"
+def untrained(images: Images) -> Classifier:
+    """A Classifier of the shape that labelled images ask for."""
+    if images.labels is None:
+        raise ValueError("a classifier needs labels: these images have none")
+    check_labels(images.labels, classes := images.labels.max().item() + 1)
+    return Classifier(images.pixels.shape[1], classes)
+
+
+def classifier(images: Images, root: str, device: str, **options) -> Classifier:
+    """The classifier of these images, from `root` where it was trained on them before."""
+    net = untrained(images)
+    content = hashlib.blake2b(images.pixels.contiguous().numpy(), digest_size=8)
+    content.update(images.labels.contiguous().numpy())
+    file = Path(root) / f"classifier-{content.hexdigest()}.safetensors"
     if not file.exists():
         net = train_classifier(images, device=device, **options)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: x.cpu().contiguous() for k, x in net.state_dict().items()}, file)
-    net = Classifier(images.pixels.shape[1])
     net.load_state_dict(load_file(file))
     return net.eval().requires_grad_(False).to(device)
 

@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
 
 def uniform_grid(T: int, steps: int) -> list[int]:
-    """T = t_0 > ... > t_steps = 0, evenly spaced and rounded (DDIM sec. 4.2)."""
+    """T = t_0 > ... > t_steps = 0, evenly spaced and rounded (DDIM app. D.2)."""
     check_steps(T, steps)
     return [round(T * k / steps) for k in range(steps, -1, -1)]
 
@@ -57,7 +57,7 @@ def quadratic_grid(T: int, steps: int) -> list[int]:
 
 
 def ddim_quadratic_grid(T: int, steps: int) -> list[int]:
-    """The quadratic grid of the authors' code, on which DDIM's Table 1 stands (DDIM app. D.2).
+    """The quadratic grid of the authors' code, its choice for CIFAR-10 (DDIM app. D.2).
 
     Counted from 0 as there, the k-th of `steps` times is 0.8 T (k / (steps - 1))^2, rounded down: a
     path begins with N(0, I) at about 0.8 T and makes its last noisy stop at t = 1. Of times that

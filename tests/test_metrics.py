@@ -202,13 +202,13 @@ class Callable(nn.Module):
 def judge(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     digits = data.load("digits")
-    metrics.classifier("digits", digits, str(root), "cpu", steps=150, batch=64)
+    metrics.classifier(digits, str(root), "cpu", steps=150, batch=64)
     return root
 
 
 def test_classifier_learns_and_is_kept(judge):
     digits, test = data.load("digits"), data.load("digits", "test")
-    net = metrics.classifier("digits", digits, str(judge), "cpu")  # from its file, not trained
+    net = metrics.classifier(digits, str(judge), "cpu")  # from its file, not trained
     assert metrics.accuracy(net, test) > 0.8
     assert net(digits.pixels[:3]).shape == (3, 256) and not net.training
     with pytest.raises(ValueError, match="needs labels"):
@@ -217,7 +217,7 @@ def test_classifier_learns_and_is_kept(judge):
 
 def test_its_distance_tells_digits_from_noise_and_from_one_digit(judge):
     digits = data.load("digits")
-    net = metrics.classifier("digits", digits, str(judge), "cpu")
+    net = metrics.classifier(digits, str(judge), "cpu")
     one, other = digits.pixels[::2], digits.pixels[1::2]
     floor = metrics.frechet(one, other, net)
     noise = metrics.frechet(one, images(800, high=256), net)
@@ -321,7 +321,7 @@ def test_shipped_digits_are_nearer_to_digits_than_half_trained_ones_would_be(jud
     from minddpm.samplers import ddim, uniform_grid
 
     digits, denoiser = data.load("digits"), checkpoint.load("digits")
-    net = metrics.classifier("digits", digits, str(judge), "cpu")
+    net = metrics.classifier(digits, str(judge), "cpu")
     fakes = [generate.samples(denoiser, 400, uniform_grid(1000, k), ddim) for k in (1, 3, 25)]
     distances = [metrics.frechet(digits.pixels, fake, net) for fake in fakes]
     assert distances[0] > 2 * distances[1] > 2 * distances[2]

@@ -22,6 +22,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM = re.compile(r"<!-- claim: (measured|proved|cited) ([^>]+?) -->")
+FORECAST = re.compile(r"\W*(?:So |What to )?expect", re.I)
 EQUATION = re.compile(r"\((eq-[\w-]+)\)\s*\n\s*<!-- equation: ([^>]+?) -->")
 LABEL = re.compile(r"(?:^|\s)\(((?:eq|sec)-[\w-]+)\)(?:=|\s*$)", re.M)
 PAPER = (
@@ -177,15 +178,18 @@ def ledger() -> str:
         "",
         "Nothing in this book is merely claimed. Here is every marked sentence with its support:",
         "*proved* where the link leads, *measured* by a cell that asserts the number and tests",
-        "replay, or *cited* with the place in the paper. The list is generated from the pages; a",
-        "test holds that it is complete and that each support exists.",
+        "replay, or *cited* with the place in the paper. A *forecast* was written down before its",
+        "cell ran; whether it held is said on the page, after the cell. The list is generated from",
+        "the pages; a test holds that it is complete and that each support exists.",
         f"It has {len(everything)} entries: {counts}.",
     ]
     for p in pages():
         if found := claims(p):
             lines += ["", f"## {p.title}", ""]
             for c in found:
-                lines.append(f"- {c.sentence} *{c.status}:* [{c.support}]({anchor(c)})")
+                forecast = c.status == "measured" and FORECAST.match(c.sentence)
+                how = "forecast, tested" if forecast else c.status
+                lines.append(f"- {c.sentence} *{how}:* [{c.support}]({anchor(c)})")
     return "\n".join(lines) + "\n"
 
 
@@ -249,8 +253,13 @@ def equations() -> str:
         "# The equation map",
         "",
         "From the papers' equations, algorithms and sections to the derivation in this book, the",
-        "function that computes it, and the tests that use that function. Made from docstrings",
-        "and labels, and checked by a test. Numbers are those of the published papers.",
+        "function that computes it, and the tests that use that function, counted in each file. An",
+        "empty place means: no derivation, no function, or no test that calls it by name. Made from",
+        "docstrings and labels, and checked by a test. Numbers are those of the published papers.",
+        "ADM is [Dhariwal and Nichol](#dhariwal2021), CFG [Ho and Salimans](#ho2022cfg), RePaint",
+        "[Lugmayr et al.](#lugmayr2022), Flow Matching [Lipman et al.](#lipman2023flow),",
+        "Rectified Flow [Liu et al.](#liu2023rectified); the other names are on the page of",
+        "[notation](#sec-clashes).",
         "",
         "| source | derived in | function | tests |",
         "| --- | --- | --- | --- |",
