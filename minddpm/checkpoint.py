@@ -63,7 +63,7 @@ def save(
             {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata=header
         )
         part.chmod(0o644)
-        with part.open("rb") as file:
+        with part.open("r+b") as file:
             os.fsync(file.fileno())
         if keep_as and path.exists():
             os.replace(path, keep_as)
@@ -92,6 +92,8 @@ def read(source: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
 
 def read_file(path: Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
     """(tensors, config, facts) of one file."""
+    if path.is_file():
+        path.open("rb").close()  # OSError: what may not be read is not damaged
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -106,10 +108,25 @@ def read_file(path: Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
         raise ValueError(f"the header of {path} cannot be used: {error}") from error
 
 
+def step_of(path: Path) -> int | None:
+    """The updates that a checkpoint file has seen, from its header alone; None where none is."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["facts"])["step"]
+    except (KeyError, SafetensorError, ValueError):
+        return None
+
+
+def has_seen(source: str | Path, name: str) -> bool:
+    """Whether a checkpoint was trained on the test part, too, of the data set of that name."""
+    config = None if is_published(source) else read(source)[1]
+    return config is not None and (config.data, config.split) in [(name, "test"), (name, "all")]
+
+
 def candidates(source: str | Path) -> list[Path]:
     """The files meant by a path or the name of shipped weights; of a run's folder, newest first."""
     shipped = {f.stem: f for f in SHIPPED.glob("*.safetensors")}
-    if str(source) in shipped:
+    if str(source) in shipped:  # ./digits is a path
         return [shipped[str(source)]]
     path = Path(source)
     files = [path]
@@ -117,8 +134,9 @@ def candidates(source: str | Path) -> list[Path]:
         files = [path / "last.safetensors", *sorted(path.glob("step-*.safetensors"), reverse=True)]
     if found := [file for file in files if file.is_file()]:
         return found
+    best = ", but its best.safetensors" if (path / "best.safetensors").exists() else ""
     raise FileNotFoundError(
-        f"no checkpoint {str(source)!r}: expected a file, a run's folder or one of "
+        f"no checkpoint {str(source)!r}{best}: expected a file, a run's folder or one of "
         + ", ".join(sorted(shipped))
     )
 

@@ -68,7 +68,7 @@ class Sampling:
     eta: float | None = None
     """Noise of ddim (0 unless given: none; 1: ancestral) or reverse-diffusion (1; 0: an ODE)."""
     seed: int = 0
-    """The same seed gives the same samples."""
+    """The same seed gives the same samples, with the same batch."""
     batch: int = 256
     """Samples at a time."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
@@ -78,8 +78,8 @@ class Sampling:
         """The arguments of `generate.samples`: (denoiser, n, grid, step) and options."""
         from minddpm.samplers import GRIDS, STEPS
 
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.batch < 1 or self.seed < 0:
+            raise ValueError(f"need batch >= 1 and seed >= 0, got {self.batch} and {self.seed}")
         if self.eta is not None and self.sampler not in ("ddim", "reverse-diffusion"):
             raise ValueError(f"eta belongs to ddim and reverse-diffusion, not to {self.sampler}")
         grid = GRIDS[self.grid](denoiser.schedule, self.steps)
@@ -127,6 +127,8 @@ class Sample:
             frames = self.frames
             if self.out.suffix.lower() in (".gif", ".webp"):
                 frames = frames or min(25, len(work[2]))
+            if frames and self.n > self.sampling.batch:
+                raise ValueError(f"frames show one batch: draw -n {self.sampling.batch} at most")
             if frames:
                 _, pixels = generate.path(*work, frames, **options)
             else:
@@ -175,7 +177,7 @@ class Evaluate:
     features: Literal["inception", "classifier"] = "inception"
     """Where to measure: the reference Inception, downloaded (FID), or a classifier trained here."""
     bits: int = 0
-    """Number of held-out images whose bits per dimension to bound, by T network calls each."""
+    """Number of test images whose bits per dimension to bound, by T network calls each."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best one here."""
     root: str = "data"
@@ -184,15 +186,23 @@ class Evaluate:
     def __call__(self) -> None:
         from minddpm import checkpoint, data, generate, metrics, processes
         from minddpm.run import pick_device
-        from minddpm.samplers import log_snr_grid
 
-        if self.n == 1 or min(self.n, self.bits) < 0 or not (self.n or self.bits):
-            raise ValueError("ask for two or more samples (-n), or for --bits of one image or more")
+        if 1 in (self.n, self.bits) or min(self.n, self.bits) < 0 or not (self.n or self.bits):
+            raise ValueError("ask for two or more samples (-n), or --bits of two or more images")
         try:
             device = processes.join(pick_device(self.device))
             denoiser = checkpoint.load(self.model, device)
-            size = denoiser.net.shape[1]
-            train = data.load(self.data, "train", self.root, size)
+            shape = denoiser.net.shape
+            train = processes.in_turn(  # the first process downloads
+                lambda: data.load(self.data, "train", self.root, shape[1])
+            )
+            if train.pixels.shape[1:] != shape:
+                raise ValueError(
+                    f"{self.model} makes images of shape {shape}, and those of {self.data} have "
+                    f"{tuple(train.pixels.shape[1:])}: choose --data of that shape"
+                )
+            if self.n and not processes.place()[0]:  # or fail before the work, not after
+                metrics.check_kind(self.features, train)
             if self.n:
                 work, options = self.sampling.work(denoiser, self.n)
                 fake = generate.samples(*work, batch=self.sampling.batch, **options)
@@ -204,22 +214,32 @@ class Evaluate:
                 for line in metrics.report(self.features, train, fake, self.root, device):
                     print(line)
             if self.bits:
-                test = data.load(self.data, "test", self.root, size).pixels[: self.bits]
-                kind = "held-out images" if self.data in data.NAMED else "images"
-                print(f"bits per dimension, at most, of {len(test):,} {kind} of {self.data}:")
-                flow = log_snr_grid(denoiser.schedule, min(100, denoiser.schedule.T))[:-1]
-                for name, grid in [("variational bound", None), ("probability flow", flow)]:
-                    mean, error = metrics.bits(denoiser, test, grid)
-                    print(f"{mean:.3f} +- {error:.3f} by the {name}")
+                self._bits(denoiser, data.load(self.data, "test", self.root, shape[1]).pixels)
         finally:
             processes.leave()
+
+    def _bits(self, denoiser, images) -> None:
+        from minddpm import checkpoint, data, metrics
+        from minddpm.samplers import log_snr_grid
+
+        images, schedule = images[: self.bits], denoiser.schedule
+        kind = "test images" if self.data in data.NAMED else "images"
+        print(f"bits per dimension, at most, of {len(images):,} {kind} of {self.data}:")
+        if checkpoint.has_seen(self.model, self.data):
+            print("(the model was trained on them: a new image may cost more)")
+        ways = {"variational bound": None}
+        if schedule.signal[-1] > 0 and schedule.T > 1:  # or the flow has no beginning
+            ways["probability flow"] = log_snr_grid(schedule, min(100, schedule.T))[:-1]
+        for name, grid in ways.items():
+            mean, error = metrics.bits(denoiser, images, grid)
+            print(f"{mean:.3f} +- {error:.3f} by the {name}")
 
 
 @dataclass(frozen=True)
 class Export:
     """Write a run's averaged weights: a small file to share and sample, or a diffusers pipeline."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional]  # a Path would make ./digits the shipped digits
     """A run's folder, or a checkpoint file."""
     out: Annotated[Path, tyro.conf.Positional]
     """The .safetensors file to write, in half precision; or a folder, for diffusers."""
@@ -252,8 +272,8 @@ def main(args: list[str] | None = None) -> None:
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"minddpm: {error}")
-    except RuntimeError as error:
-        if "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         sys.exit("minddpm: out of memory: lower --batch-size or --batch, or raise --accumulate")
     except KeyboardInterrupt:

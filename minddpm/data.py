@@ -1,5 +1,6 @@
 """Images as uint8 tensors (N, C, H, W) in memory, and the batches that a training run sees."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,12 @@ def load_npz(path: Path) -> Images:
 
 def load_folder(path: Path, size: int) -> Images:
     """Every image below a folder, by name: RGB, the central square, resized to size x size."""
-    suffixes = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+
+    def fail(error: OSError) -> None:  # a folder that may not be read is not to be left out
+        raise error
+
+    every = (Path(d) / name for d, _, names in os.walk(path, onerror=fail) for name in names)
+    suffixes = (f for f in every if f.suffix.lower() in IMAGE_SUFFIXES)
     files = sorted(f for f in suffixes if f.is_file() and not f.name.startswith("."))
     if not files:
         raise ValueError(f"no image below {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -216,7 +222,8 @@ def check_labels(labels: Tensor | None, classes: int) -> None:
     if low < 0 or high >= classes:
         raise ValueError(
             f"with {classes} classes the labels must lie in 0..{classes - 1}, "
-            f"got {low}..{high}: number them from 0, or ask for {high + 1} --classes"
+            f"got {low}..{high}: number them from 0"
+            + (f", or ask for {high + 1} --classes" if low >= 0 else "")
         )
 
 

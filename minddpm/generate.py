@@ -1,6 +1,7 @@
 """Samples by the thousand, and the files to keep them in."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,18 +79,27 @@ def path(denoiser, n: int, grid, step, frames: int, *, seed=0, precision="fp32",
 
 def write(out: Path, pixels: Tensor) -> None:
     """Images (N, C, H, W) uint8 as a .png sheet or an .npz of `images` (N, H, W, C); or, of stops
-    (K, N, C, H, W), a .png with a row an image, a .gif or a .webp that moves."""
+    (K, N, C, H, W), a .png with a row an image, a .gif or a .webp that moves. All or nothing."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    suffix = out.suffix.lower()
-    if suffix == ".npz":
-        with out.open("wb") as file:  # to a name, numpy would add .npz where it says .NPZ
-            np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).numpy())
-    elif pixels.ndim == 4:
-        out.write_bytes(viz.sheet(pixels))
-    elif suffix == ".png":
-        out.write_bytes(viz.sheet(pixels.transpose(0, 1).flatten(0, 1), columns=len(pixels)))
-    else:
-        out.write_bytes(animation([viz.sheet(frame) for frame in pixels], suffix[1:]))
+    part = out.with_name(out.name + ".part")
+    try:
+        with part.open("wb") as file:
+            if out.suffix.lower() == ".npz":
+                np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).numpy())
+            else:
+                file.write(picture(pixels, out.suffix.lower()))
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def picture(pixels: Tensor, suffix: str) -> bytes:
+    """The file of that suffix that shows the images, or the stops."""
+    if pixels.ndim == 4:
+        return viz.sheet(pixels)
+    if suffix == ".png":
+        return viz.sheet(pixels.transpose(0, 1).flatten(0, 1), columns=len(pixels))
+    return animation([viz.sheet(frame) for frame in pixels], suffix[1:])
 
 
 def animation(frames: list[bytes], kind: str) -> bytes:
@@ -102,6 +112,6 @@ def animation(frames: list[bytes], kind: str) -> bytes:
     options = dict(save_all=True, append_images=rest, duration=pause, loop=0, quality=90)
     try:
         first.save(file, kind, **options)
-    except RuntimeError as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"a .{kind} cannot be {first.size} pixels large: draw fewer") from error
     return file.getvalue()

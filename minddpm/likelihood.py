@@ -117,6 +117,8 @@ def ode_log_density(
     schedule, dims = denoiser.schedule, xt[0].numel()
     times = check_grid(schedule, [*grid, 0])[-2::-1]
     signal, noise = schedule.at(torch.tensor(times))
+    if not signal[-1] > 0:
+        raise ValueError("no signal is left where the grid begins: begin it a step later")
     sigma = noise / signal
     probe = None if exact else 2.0 * torch.randint(2, xt.shape, generator=generator).to(xt) - 1
     y, total = xt / cast(signal[0], xt), -dims * signal[0].log().item()

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ def frechet(
 ) -> float:
     """The Fréchet distance of two sets of images, (N, C, H, W) uint8 each, in some features.
 
-    features: a module (B, C, H, W) uint8 -> (B, D), used where it is; or 2048 for the reference
-    Inception's last layer, which is downloaded and put on `device`: then it is the FID. To compare
-    many sets with one, `extract` its features once and use `frechet_distance`.
+    features: a module (B, C, H, W) uint8 -> (B, D), used where it is; or 2048 for the numbers that
+    the reference Inception pools before its last layer; it is downloaded and put on `device`: then
+    it is the FID. To compare many sets with one, `extract` its features once and use
+    `frechet_distance`.
     Raises ValueError with fewer than two images, or of different shapes.
     """
     check_pair(real, fake)
@@ -138,6 +140,20 @@ def copying(train: Tensor, held_out: Tensor, fake: Tensor) -> tuple[float, float
     share = ((further + ties / 2).mean() / len(theirs)).item()
     m, h = len(ours), len(theirs)
     return share, (share - 0.5) / ((m + h + 1) / (12 * m * h)) ** 0.5
+
+
+def check_kind(kind: str, train: Images) -> None:
+    """Raises ValueError where `report` could not be made with these images, or on this machine."""
+    if kind == "classifier":
+        untrained(train)
+        return
+    try:
+        inception()
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            "an FID needs torch-fidelity (pip install torch-fidelity) and, once, its weights from "
+            f"the network ({error}): take --features classifier to do without"
+        ) from error
 
 
 def report(kind: str, train: Images, fake: Tensor, root: str, device: str) -> list[str]:
@@ -265,7 +281,9 @@ def classifier(images: Images, root: str, device: str, **options) -> Classifier:
     if not file.exists():
         net = train_classifier(images, device=device, **options)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: x.cpu().contiguous() for k, x in net.state_dict().items()}, file)
+        part = file.with_suffix(".part")
+        save_file({k: x.cpu().contiguous() for k, x in net.state_dict().items()}, part)
+        os.replace(part, file)
     net.load_state_dict(load_file(file))
     return net.eval().requires_grad_(False).to(device)
 

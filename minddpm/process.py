@@ -64,7 +64,8 @@ def reverse_log_variance(schedule: Schedule, t: Time, s: Time) -> tuple[Tensor, 
     `large` the forward step's (beta).
     A learned variance is exp(v * large + (1 - v) * small) with v in [0, 1] (Improved DDPM eq. 15).
     At s = 0 the posterior's variance is 0 and has no log: there `small` is the variance of the step
-    from 2 to 1, as in the authors' code.
+    from 2 to 1, as in the authors' code with every step. (On a grid Improved DDPM's code takes that
+    of the grid's last step but one; a pair of times does not know the grid.)
     """
     _, _, small = posterior_coefficients(schedule, t, s)
     _, large = forward_coefficients(schedule, t, s)

@@ -1,6 +1,7 @@
 """Several processes at one task, as `torchrun` starts them; alone, every function is a no-op."""
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,18 @@ def wait() -> None:
     """Wait until every process is here."""
     if place()[1] > 1:
         dist.barrier()
+
+
+def in_turn(make: Callable):
+    """make() in the first process, then in all others."""
+    rank = place()[0]
+    if rank:
+        wait()
+    try:
+        return make()
+    finally:  # where it fails, each process says so
+        if not rank:
+            wait()
 
 
 def mean(x: torch.Tensor) -> float:

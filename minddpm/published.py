@@ -50,7 +50,12 @@ UNET = {
     "norm_num_groups": 32,
     "time_embedding_type": "positional",
 }
-NOISE = {"rescale_betas_zero_snr": False, "trained_betas": None}
+NOISE = {
+    "clip_sample": True,
+    "rescale_betas_zero_snr": False,
+    "thresholding": False,
+    "trained_betas": None,
+}
 TARGETS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -66,7 +67,14 @@ class Run:
         if saved:
             tensors, _, facts = saved
             checkpoint.put_back(self.state, tensors, facts, self.out)
-            self.seconds, self.best = facts["seconds"], facts.get("best", math.inf)
+            if facts.get("data", self.print) != self.print:
+                raise ValueError(
+                    f"{config.data} no longer holds the images that the run in {self.out} began "
+                    "with: bring them back, or begin anew with another --out"
+                )
+            self.seconds = facts.get("seconds", 0.0)
+            if (self.out / "best.safetensors").exists():
+                self.best = facts.get("best", math.inf)
         if self.state.step > config.train.steps:
             raise ValueError(
                 f"the run in {self.out} has done {self.state.step} steps: ask for more"
@@ -108,16 +116,14 @@ class Run:
         return saved
 
     def _load_images(self, device: str, root: str) -> None:
-        config, (rank, world) = self.config, processes.place()
-        if rank:
-            processes.wait()  # the first process downloads
-        try:
-            images = data.load(config.data, config.split, root, config.size)
-            held_out = config.data in data.NAMED and config.split == "train"
-            fixed = data.load(config.data, "test", root) if held_out else images
-        finally:  # where there are no data, each process says so
-            if not rank:
-                processes.wait()
+        config, world = self.config, processes.place()[1]
+        held_out = config.data in data.NAMED and config.split == "train"
+        images, fixed = processes.in_turn(  # the first process downloads
+            lambda: (
+                images := data.load(config.data, config.split, root, config.size),
+                data.load(config.data, "test", root) if held_out else images,
+            )
+        )
         pixels = images.pixels
         if pixels.shape[2] != pixels.shape[3]:
             raise ValueError(f"the images must be square, got {tuple(pixels.shape[2:])}: crop them")
@@ -132,6 +138,7 @@ class Run:
                 f"batch_size = {config.train.batch_size} must be a multiple of accumulate = "
                 f"{config.train.accumulate} times the number of processes = {world}"
             )
+        self.print = zlib.crc32(pixels.contiguous().numpy())
         batch = config.train.batch_size, config.train.seed, config.train.flip
         self.batches = data.Batches(pixels.to(device), *batch)
         self.fixed = data.to_model(fixed.pixels[::every][:FIXED]).to(device)
@@ -161,7 +168,7 @@ class Run:
         updates = train(self.state, loss, self._batch)
         (rank, world), steps = processes.place(), self.config.train.steps
         self.log = None if rank else Log(self.out, self.state.step)
-        self.began = time.monotonic() - self.seconds
+        self.began, first = time.monotonic() - self.seconds, self.state.step
         self.mark = self.state.step, self.seconds
         silent = {"disable": True} if rank else {}
         with (
@@ -184,7 +191,8 @@ class Run:
                     self.log.write(self.state.step, **row)
             row = self.save()
         if self.log:
-            self.log.write(self.state.step, seconds=self.seconds, **row)
+            if self.state.step > first:
+                self.log.write(self.state.step, seconds=self.seconds, **row)
             self.log.close()
             self._farewell()
 
@@ -211,6 +219,12 @@ class Run:
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.state.device) / 2**30
         return row
 
+    def _insist_alone(self) -> None:
+        if self.last.exists() and checkpoint.step_of(self.last) not in (None, self.previous):
+            raise ValueError(
+                f"another process trains in {self.out}: this run stops; start it with another --out"
+            )
+
     def _insist(self, finite: bool, what: str) -> None:
         if not finite:
             raise FloatingPointError(
@@ -228,6 +242,7 @@ class Run:
         self._insist(finite, "a weight is not finite")
         if processes.place()[0]:
             return {}
+        self._insist_alone()
         parts = self.config.train.accumulate * processes.place()[1]
         size = max(1, 4 * self.config.train.batch_size // parts)  # without gradients, 4 times more
         net = InParts(self.state.ema.module.eval(), size)
@@ -238,6 +253,7 @@ class Run:
             command=command_line(),
             seconds=round(self.seconds),
             best=self.best,
+            data=self.print,
             device=device_name(self.state.device),
             torch=torch.__version__,
         )
@@ -290,18 +306,20 @@ def draw_samples(denoiser: Denoiser, n: int) -> torch.Tensor:
 
 
 class Interrupt:
-    """Within the block, the first Ctrl-C only sets `asked`: no update is cut in half."""
+    """Within the block, the first Ctrl-C or SIGTERM only sets `asked`: no update is cut in half."""
 
     def __enter__(self) -> "Interrupt":
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self._ask)
+        self.asked = False
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, *_) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self.before)  # a second Ctrl-C stops at once
+        self.__exit__()  # a second one stops at once
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def reading(denoiser: Denoiser) -> tuple:
@@ -316,10 +334,9 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
     return name
 
 
