@@ -78,8 +78,10 @@ class Sampling:
         """The arguments of `generate.samples`: (denoiser, n, grid, step) and options."""
         from minddpm.samplers import GRIDS, STEPS
 
-        if self.batch < 1 or self.seed < 0:
-            raise ValueError(f"need batch >= 1 and seed >= 0, got {self.batch} and {self.seed}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.eta is not None and self.sampler not in ("ddim", "reverse-diffusion"):
             raise ValueError(f"eta belongs to ddim and reverse-diffusion, not to {self.sampler}")
         grid = GRIDS[self.grid](denoiser.schedule, self.steps)
@@ -201,10 +203,10 @@ class Evaluate:
                     f"{self.model} makes images of shape {shape}, and those of {self.data} have "
                     f"{tuple(train.pixels.shape[1:])}: choose --data of that shape"
                 )
-            if self.n and not processes.place()[0]:  # or fail before the work, not after
-                metrics.check_kind(self.features, train)
             if self.n:
                 work, options = self.sampling.work(denoiser, self.n)
+                if not processes.place()[0]:  # or fail before the work, not after
+                    metrics.check_kind(self.features, train, device)
                 fake = generate.samples(*work, batch=self.sampling.batch, **options)
             if processes.place()[0]:
                 return

@@ -142,13 +142,13 @@ def copying(train: Tensor, held_out: Tensor, fake: Tensor) -> tuple[float, float
     return share, (share - 0.5) / ((m + h + 1) / (12 * m * h)) ** 0.5
 
 
-def check_kind(kind: str, train: Images) -> None:
+def check_kind(kind: str, train: Images, device: str) -> None:
     """Raises ValueError where `report` could not be made with these images, or on this machine."""
     if kind == "classifier":
         untrained(train)
         return
     try:
-        inception()
+        inception(2048, device)
     except (ImportError, OSError) as error:
         raise ValueError(
             "an FID needs torch-fidelity (pip install torch-fidelity) and, once, its weights from "

@@ -204,6 +204,8 @@ class Run:
         else:
             name = self.out if len(self.out.parts) > 1 else f"./{self.out}"  # not shipped weights
             few = f" --steps {self.denoiser.schedule.T}" if self.denoiser.schedule.T < 50 else ""
+            if self.config.model.classes and not self.config.train.drop_label:
+                few += " --label 0"  # "no class" was never trained
             print(f"to sample: minddpm sample {shlex.quote(str(name))}{few}")
 
     def _report(self, bar: tqdm, record: Record) -> dict:

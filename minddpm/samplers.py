@@ -65,9 +65,9 @@ def ddim_quadratic_grid(T: int, steps: int) -> list[int]:
     steps on there are fewer than asked for.
     """
     check_steps(T, steps)
-    if steps == 1:
+    if steps == 1 < T:
         raise ValueError("the ddim-quadratic grid needs 2 steps or more")
-    last = steps - 1
+    last = max(steps - 1, 1)
     return sorted({0} | {1 + 4 * T * k**2 // (5 * last**2) for k in range(steps)}, reverse=True)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from minddpm import checkpoint
 from minddpm.cli import main
 from minddpm.config import PRESETS, Config, ModelConfig, TrainConfig
 
@@ -403,6 +404,9 @@ def test_two_processes_draw_what_one_does(model, tmp_path):
         ("--steps 5 --eta 1 --sampler ancestral", "eta belongs to ddim and reverse-diffusion, not"),
         ("--steps 5 --eta -1 --sampler reverse-diffusion", "eta must be 0 or more"),
         ("--steps 5 --batch 0", "batch must be at least 1, got 0"),
+        ("--steps 5 --seed -1", "seed must be 0 or more, got -1"),
+        ("--steps 1 --grid ddim-quadratic", "the ddim-quadratic grid needs 2 steps or more"),
+        ("--steps 5 --frames 3 --batch 3", "frames show one batch: draw -n 3 at most"),
         ("--steps 5 --frames 7", r"frames must lie in 2..6 \(the stops of the path\), got 7"),
         ("--steps 5 --frames 3 --out a.npz", "frames are for pictures"),
         ("--steps 5 --device toaster", "device 'toaster' cannot be used here"),
@@ -437,8 +441,26 @@ def test_a_place_that_cannot_be_is_refused_before_the_work(model, tmp_path, monk
     assert "file" in mistake(draw, model, tmp_path / "file" / "a.png", "--steps 5")
 
 
+@pytest.mark.parametrize("suffix", ["npz", "png"])
+def test_what_was_there_stays_where_the_new_samples_cannot_be_written(
+    model, tmp_path, monkeypatch, suffix
+):
+    out = tmp_path / f"a.{suffix}"
+    before = draw(model, out, "--steps 5")
+
+    def full(*args, **arrays):
+        if suffix == "npz":
+            args[0].write(b"half")
+        raise OSError("No space left on device")
+
+    place = {"npz": "minddpm.generate.np.savez_compressed", "png": "minddpm.generate.viz.sheet"}
+    monkeypatch.setattr(place[suffix], full)
+    assert "No space left" in mistake(draw, model, out, "--steps 5 --seed 1")
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
 def test_a_film_too_large_for_its_format_gets_one_line(model, tmp_path):
-    line = mistake(draw, model, tmp_path / "a.webp", "--steps 1 --n 2000")
+    line = mistake(draw, model, tmp_path / "a.webp", "--steps 1 --n 2000 --batch 2000")
     assert "a .webp cannot be (576, 18000) pixels large: draw fewer" in line
 
 
@@ -459,6 +481,15 @@ def test_export_overwrites_nothing(model):
     size = os.path.getsize(last)
     assert "last.safetensors exists" in mistake(main, ["export", model, last])
     assert os.path.getsize(last) == size
+
+
+def test_export_of_a_run_with_the_name_of_shipped_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("digits", steps=2)
+    for source, width in [("./digits", 8), ("digits", 32)]:
+        out = tmp_path / f"{width}.safetensors"
+        main(["export", source, str(out)])
+        assert checkpoint.read(out)[1].model.width == width
 
 
 def test_export_writes_half_the_bytes_and_samples_alike(model, tmp_path, capsys):

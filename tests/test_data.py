@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import math
+import os
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,6 +221,21 @@ def test_the_central_square_is_cut_and_resized(tmp_path, shape):
         assert (got[:, 0] > got[:, 2]).all()
 
 
+def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def refuse(path, real=os.scandir):
+        if Path(path).name == "closed":
+            raise PermissionError(f"Permission denied: {path}")
+        return real(path)
+
+    assert len(data.load(str(tmp_path), size=8).pixels) == 1
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        data.load(str(tmp_path), size=8)
+
+
 def test_a_folder_without_images_gets_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match=r"no image below .* \(looked for .bmp"):
@@ -427,6 +444,7 @@ def test_whether_a_label_is_dropped_does_not_depend_on_the_mirroring():
     ("labels", "message"),
     [
         (None, "a model with 3 classes needs labels: these images have none"),
+        ([-1, 1], r"the labels must lie in 0..2, got -1..1: number them from 0$"),
         ([0, 3], r"with 3 classes the labels must lie in 0..2, got 0..3: .* ask for 4 --classes"),
         ([-1, 2], r"with 3 classes the labels must lie in 0..2, got -1..2"),
     ],

@@ -23,7 +23,7 @@ from minddpm.likelihood import (
 )
 from minddpm.oracle import finite, gaussian
 from minddpm.prediction import Denoiser
-from minddpm.schedule import Schedule, cosine, linear
+from minddpm.schedule import Schedule, cosine, linear, straight
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
@@ -377,6 +377,14 @@ def test_bits_of_the_ode_are_decoder_density_and_noise():
     log_q = Normal(signal * x0, noise).log_prob(x1).sum(1)
     expected = decoder + (log_q - pulled_back(schedule, x1, 1)) / (2 * math.log(2))
     assert_close(bits, expected, rtol=0, atol=2e-3)
+
+
+def test_the_ode_begins_where_some_signal_is_left():
+    denoiser = gaussian(FLOW_MEAN, FLOW_COV).denoiser(straight(10), "velocity", "small")
+    x0 = torch.ones(2, 2).double()
+    with pytest.raises(ValueError, match="no signal is left where the grid begins"):
+        ode_bits(denoiser, x0, range(10, 0, -1))
+    assert ode_bits(denoiser, x0, range(9, 0, -1)).isfinite().all()
 
 
 def test_bits_of_the_ode_are_fewer_than_the_bound_says():

@@ -1,6 +1,7 @@
 """Distances between sets of images, against closed forms and scipy; the evaluate command."""
 
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -213,6 +214,12 @@ def test_classifier_learns_and_is_kept(judge):
     assert net(digits.pixels[:3]).shape == (3, 256) and not net.training
     with pytest.raises(ValueError, match="needs labels"):
         metrics.train_classifier(data.Images(digits.pixels, None))
+    # Other images, or other labels, are another classifier's.
+    few = data.Images(digits.pixels[::2], digits.labels[::2] + 5)
+    for other in (few, data.Images(few.pixels, few.labels - 5)):
+        metrics.classifier(other, str(judge), "cpu", steps=2, batch=8)
+    assert metrics.classifier(few, str(judge), "cpu").classify(digits.pixels[:3]).shape == (3, 15)
+    assert len(list(judge.iterdir())) == 3
 
 
 def test_its_distance_tells_digits_from_noise_and_from_one_digit(judge):
@@ -251,7 +258,7 @@ def test_evaluate_prints_an_fid_where_the_inception_is_there(judge, capsys, monk
     main(["evaluate", "digits", "--data", "digits", "-n", "50", "--steps", "5", "--device", "cpu"])
     said = capsys.readouterr().out
     assert re.search(r"FID \d+\.\d\d, Inception score \d+\.\d\d \+- \d+\.\d\d", said)
-    assert asked == [(2048, "cpu"), ("logits_unbiased", "cpu")]
+    assert asked == [(2048, "cpu"), (2048, "cpu"), ("logits_unbiased", "cpu")]
 
 
 def test_inception_is_torch_fidelitys_for_grey_and_colour_images(monkeypatch):
@@ -283,9 +290,25 @@ def test_evaluate_bounds_the_bits_of_held_out_images(capsys, monkeypatch):
     monkeypatch.setattr(metrics, "bits", bits)
     main(["evaluate", "digits", "--data", "digits", "-n", "0", "--bits", "30", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "at most, of 30 held-out images of digits:" in said
+    assert "at most, of 30 test images of digits:\n4.321" in said
     assert "4.321 +- 0.030 by the variational bound\n4.321 +- 0.030 by the probability" in said
     assert asked[0] is None and (asked[1][0], asked[1][-1], len(asked[1])) == (1000, 1, 100)
+
+
+def test_evaluate_says_what_the_model_has_seen_and_leaves_out_a_flow_without_beginning(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(metrics, "bits", lambda denoiser, test, grid: (4.0, 0.1))
+    flags = "--width 8 --multipliers 1 --blocks 1 --attention --T 10 --batch-size 8 --device cpu"
+    flags += " --warmup 0 --cooldown 0 --schedule straight --predicts velocity --steps 2"
+    for split, seen in [("all", True), ("train", False)]:
+        out = str(tmp_path / split)
+        main(["train", "digits", "--out", out, "--split", split, *flags.split()])
+        capsys.readouterr()
+        main(["evaluate", out, "--data", "digits", "-n", "0", "--bits", "4", "--device", "cpu"])
+        said = capsys.readouterr().out
+        assert ("the model was trained on them" in said) == seen
+        assert "by the variational bound" in said and "probability flow" not in said
 
 
 def test_bits_by_the_flow_are_those_of_its_density():
@@ -305,10 +328,23 @@ def test_bits_by_the_flow_are_those_of_its_density():
         ("-n 1", "ask for two or more samples"),
         ("-n 5 --bits -1", "ask for two or more samples"),
         ("-n 5 --steps 0", "the number of steps must lie in 1..T"),
+        ("-n 0 --bits 1", "bits of two or more images"),
         ("-n 5 --data nothing", "no data set or file 'nothing'"),
+        ("-n 5 --data wide.npz", r"of shape \(1, 8, 8\), and those of wide.npz have \(1, 4, 4\)"),
+        ("-n 5 --data bare.npz --features classifier", "a classifier needs labels"),
+        ("-n 5 --data odd.npz --features classifier", "the labels must lie in 0"),
+        ("-n 5 --data bare.npz", "an FID needs torch-fidelity .*: take --features classifier"),
     ],
 )
-def test_evaluation_that_cannot_be_gets_one_line(flags, message):
+def test_evaluation_that_cannot_be_gets_one_line_before_the_work(
+    flags, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minddpm.generate.samples", lambda *args, **options: 1 / 0)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    np.savez("wide.npz", images=np.zeros((4, 4, 4), np.uint8))
+    np.savez("bare.npz", images=np.zeros((4, 8, 8), np.uint8))
+    np.savez("odd.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4) - 1)
     command = ["evaluate", "digits", "--data", "digits", "--device", "cpu", *flags.split()]
     with pytest.raises(SystemExit, match=message) as caught:
         main(command)

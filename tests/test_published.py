@@ -145,7 +145,13 @@ def test_what_is_not_ours_is_refused_in_one_line(folder):
         with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
             from_diffusers(folder)
     path.write_text(json.dumps(good))
-    for change in (dict(rescale_betas_zero_snr=True), dict(trained_betas=[0.1, 0.2])):
+    changes = (
+        dict(rescale_betas_zero_snr=True),
+        dict(trained_betas=[0.1, 0.2]),
+        dict(clip_sample=False),
+        dict(thresholding=True),
+    )
+    for change in changes:
         scheduler(**change).save_pretrained(folder / "scheduler")
         with pytest.raises(ValueError, match=f"not DDPM's: {next(iter(change))} = "):
             from_diffusers(folder)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,10 +85,11 @@ def test_more_steps_are_welcome_and_go_on_exactly(tmp_path):
 
 def test_a_finished_run_resumed_stays_as_it_is(tmp_path, capsys):
     run(tmp_path).go()
-    before = load_file(tmp_path / "last.safetensors")
+    before, rows = load_file(tmp_path / "last.safetensors"), log_of(tmp_path)
     run(tmp_path, resume=True).go()
     assert_close(load_file(tmp_path / "last.safetensors"), before, rtol=0, atol=0)
     assert capsys.readouterr().out.count("step 6 of 6") == 2
+    assert log_of(tmp_path) == rows
 
 
 def test_fewer_steps_than_done_are_refused(tmp_path):
@@ -127,6 +129,40 @@ def test_changed_data_are_noticed(tmp_path):
     np.savez(file, images=np.zeros((8, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"for images of shape \[1, 8, 8\]: is the data still"):
         run(tmp_path / "a", config, resume=True)
+    np.savez(file, images=np.ones((8, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="no longer holds the images that the run in .* began"):
+        run(tmp_path / "a", config, resume=True)
+
+
+def test_a_second_run_in_the_folder_stops_before_it_overwrites_the_first(tmp_path):
+    one, other = run(tmp_path, save_every=3), run(tmp_path, train_with(seed=1), save_every=2)
+    one.go()
+    before = (tmp_path / "last.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another process trains in"):
+        other.go()
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    run(tmp_path, save_every=3).go()
+
+    def refuse(path, *args, real=Path.open):
+        if path.name == "last.safetensors":
+            raise PermissionError(f"Permission denied: {path}")
+        return real(path, *args)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        run(tmp_path, resume=True)
+
+
+def test_a_best_that_was_deleted_comes_back(tmp_path, monkeypatch):
+    run(tmp_path, save_every=3).go()
+    (tmp_path / "best.safetensors").unlink()
+    worse = {"fixed_loss": 99.0, "fixed_bits_per_dim": 9.0}
+    monkeypatch.setattr(module, "watch", lambda *args: worse)
+    run(tmp_path, train_with(steps=7), resume=True).go()
+    assert checkpoint.read(tmp_path / "best.safetensors")[2]["step"] == 7
 
 
 def test_a_corrupt_checkpoint_is_not_resumed(tmp_path):
@@ -265,6 +301,13 @@ def test_a_run_with_classes_resumes_exactly_and_its_parts_are_its_batch(tmp_path
     picture = np.asarray(Image.open(tmp_path / "whole" / "samples-0000006.png"))
     assert picture.shape == (10 * 72, 8 * 72)  # a row of eight for each class
     assert checkpoint.load(tmp_path / "whole").net.classes == 10
+
+
+def test_a_run_that_drops_no_label_says_to_sample_with_one(tmp_path, capsys):
+    for drop, asks in [(0.0, True), (0.1, False)]:
+        train = replace(CONFIG.train, steps=1, drop_label=drop)
+        run(tmp_path / str(drop), replace(WITH_CLASSES, train=train)).go()
+        assert ("--label 0" in capsys.readouterr().out) == asks
 
 
 def test_a_run_trains_each_image_on_its_own_label(tmp_path, monkeypatch):
@@ -406,14 +449,17 @@ def test_ctrl_c_is_asked_for_once_and_the_second_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(
+    tmp_path, monkeypatch, capsys, signal_number
+):
     real = module.simple_loss
     calls = []
 
     def loss(denoiser, *batch):
         calls.append(None)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # in the midst of update 3
+            os.kill(os.getpid(), signal_number)  # in the midst of update 3
         return real(denoiser, *batch)
 
     monkeypatch.setattr(module, "simple_loss", loss)
