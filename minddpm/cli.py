@@ -65,6 +65,10 @@ class Sampling:
     dpm-solver-single-2, three with dpm-solver-single-3."""
     grid: Literal["uniform", "quadratic", "ddim-quadratic", "log-snr", "karras"] = "uniform"
     """How the steps are spread over time."""
+    label: tuple[int, ...] = ()
+    """The class to draw, or several, an equal share each, of a model trained with classes."""
+    guidance: float = 1.0
+    """How much of what the label changes: 1 as trained, more overdoes it, 0 ignores it."""
     eta: float | None = None
     """Noise of ddim (0 unless given: none; 1: ancestral) or reverse-diffusion (1; 0: an ODE)."""
     seed: int = 0
@@ -87,12 +91,24 @@ class Sampling:
         grid = GRIDS[self.grid](denoiser.schedule, self.steps)
         options = {"seed": self.seed, "precision": self.precision}
         options |= {} if self.eta is None else {"eta": self.eta}
+        if self.label:
+            options |= {"labels": self._labels(denoiser.net.classes, n), "scale": self.guidance}
+        elif self.guidance != 1:
+            raise ValueError("guidance needs a class to guide to: add --label")
         return (denoiser, n, grid, STEPS[self.sampler]), options
+
+    def _labels(self, classes: int, n: int) -> list[int]:
+        for label in self.label:
+            if not 0 <= label < classes:
+                has = f"only 0..{classes - 1}" if classes else "it was trained without classes"
+                raise ValueError(f"the model has no class {label}: {has}")
+        return [self.label[i * len(self.label) // n] for i in range(n)]
 
     def __str__(self) -> str:
         eta = "" if self.eta is None else f", eta {self.eta:g}"
         precision = "" if self.precision == "fp32" else f", {self.precision}"
-        how = f"{self.sampler}, {self.steps} steps, {self.grid} grid{eta}{precision}"
+        kinds = f", classes {self.label}, guidance {self.guidance:g}" if self.label else ""
+        how = f"{self.sampler}, {self.steps} steps, {self.grid} grid{eta}{precision}{kinds}"
         return f"{how}, seed {self.seed}"
 
 
@@ -104,10 +120,6 @@ class Sample:
     """A checkpoint file, a run's folder, or the name of shipped weights."""
     n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
     """Number of samples."""
-    label: int | None = None
-    """The class to draw, of a model that was trained with classes; any unless given."""
-    guidance: float = 1.0
-    """How much of what the label changes: 1 as trained, more overdoes it, 0 ignores it."""
     sampling: Sampling = field(default_factory=Sampling)
     frames: int = 0
     """Stops on the way to show: a strip in a .png; a .gif or .webp has 25 unless told."""
@@ -123,7 +135,7 @@ class Sample:
         self._check(generate.SUFFIXES)
         try:
             device = processes.join(pick_device(self.device))
-            denoiser = self._guide(checkpoint.load(self.model, device))
+            denoiser = checkpoint.load(self.model, device)
             work, options = self.sampling.work(denoiser, self.n)
             self.out.parent.mkdir(parents=True, exist_ok=True)  # or fail before the work, not after
             frames = self.frames
@@ -141,22 +153,7 @@ class Sample:
         finally:
             processes.leave()
 
-    def _guide(self, denoiser):
-        from minddpm.guidance import classifier_free, condition
-
-        classes = denoiser.net.classes
-        if self.label is None:
-            return denoiser
-        if not 0 <= self.label < classes:
-            has = f"only 0..{classes - 1}" if classes else "it was trained without classes"
-            raise ValueError(f"{self.model} has no class {self.label}: {has}")
-        if self.guidance == 1:
-            return condition(denoiser, self.label)
-        return classifier_free(denoiser, self.label, self.guidance)
-
     def _check(self, suffixes: tuple[str, ...]) -> None:
-        if self.label is None and self.guidance != 1:
-            raise ValueError("guidance needs a class to guide to: add --label")
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if self.out.suffix.lower() not in suffixes or self.out.is_dir():

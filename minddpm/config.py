@@ -64,8 +64,7 @@ class TrainConfig:
     flip: bool = True
     """Mirror half of the images, left to right."""
     drop_label: float = 0.1
-    """Probability that an image of a model with classes is trained on without its label; with 0
-    only samples with a label are any good, and unguided ones."""
+    """Share of the images trained on without their label; with 0 only labels can be drawn."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Number format of the network's arithmetic; weights stay in fp32. auto: the GPU's best."""
     seed: int = 0

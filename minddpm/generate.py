@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from minddpm import processes, viz
 from minddpm.data import to_uint8
+from minddpm.guidance import guide
 from minddpm.prediction import Denoiser
 from minddpm.samplers import sample, sample_path
 from minddpm.train import PRECISIONS, pick_precision, stream
@@ -27,13 +28,14 @@ def start(denoiser: Denoiser, n: int, seed: int, i: int) -> tuple[Tensor, torch.
 
 
 def batches(
-    denoiser, n: int, grid: list[int], step, *, seed=0, batch=256, precision="fp32", **options
+    denoiser, n, grid, step, *, seed=0, batch=256, precision="fp32", labels=None, scale=1.0, **more
 ) -> Iterator[Tensor]:
     """This process's share of n samples, batch by batch: (B, C, H, W) uint8 on the CPU.
 
     Batch i depends on the seed, the batch size and i alone: however many processes work, the
     samples are the same. precision: of the network's products, fp32, bf16, fp16, or auto for the
-    best that the device has. options: of the step.
+    best that the device has. labels: classes (n,) to draw; scale: of guidance towards them.
+    more: options of the step.
     """
     rank, world = processes.place()
     sizes = [min(batch, n - first) for first in range(0, n, batch)]
@@ -41,8 +43,10 @@ def batches(
     silent = {"disable": True} if rank or len(mine) < 2 else {}
     for i in tqdm(mine, unit="batch", **silent):
         x, generator = start(denoiser, sizes[i], seed, i)
+        asked = None if labels is None else labels[i * batch :][: sizes[i]]
         with arithmetic(x.device.type, precision):
-            x = sample(denoiser, x, grid, step, generator=generator, **options)
+            given = guide(denoiser, asked, scale)
+            x = sample(given, x, grid, step, generator=generator, **more)
         yield to_uint8(x).cpu()
 
 
@@ -65,13 +69,19 @@ def samples(denoiser: Denoiser, n: int, grid: list[int], step, **options) -> Ten
     return torch.cat(ordered)
 
 
-def path(denoiser, n: int, grid, step, frames: int, *, seed=0, precision="fp32", **options):
-    """`frames` stops of the way of n samples: (their times, x_t (frames, n, C, H, W) uint8)."""
+def path(
+    denoiser, n, grid, step, frames, *, seed=0, precision="fp32", labels=None, scale=1.0, **options
+) -> tuple[list[int], Tensor]:
+    """`frames` stops of the way of n samples: (their times, x_t (frames, n, C, H, W) uint8).
+
+    The options are those of `batches`.
+    """
     if not 2 <= frames <= len(grid):
         raise ValueError(f"frames must lie in 2..{len(grid)} (the stops of the path), got {frames}")
     x, generator = start(denoiser, n, seed, 0)
     with arithmetic(x.device.type, precision):
-        stops = sample_path(denoiser, x, grid, step, generator=generator, **options)
+        given = guide(denoiser, labels, scale)
+        stops = sample_path(given, x, grid, step, generator=generator, **options)
         pictures = [(grid[0], x), *((stop.t, stop.x) for stop in stops)]
     chosen = [pictures[round(i)] for i in np.linspace(0, len(grid) - 1, frames)]
     return [t for t, _ in chosen], torch.stack([to_uint8(x).cpu() for _, x in chosen])

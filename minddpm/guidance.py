@@ -76,6 +76,13 @@ def classifier_free(denoiser: Denoiser, labels: int | Tensor, scale: float) -> D
     return guided(denoiser, rule)
 
 
+def guide(denoiser: Denoiser, labels: int | Tensor | None = None, scale: float = 1.0) -> Denoiser:
+    """`classifier_free` (CFG eq. 6), in one network call where one does: no labels, or scale 1."""
+    if labels is None or scale == 1:
+        return condition(denoiser, labels)
+    return classifier_free(denoiser, labels, scale)
+
+
 def classifier_guided(
     denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0
 ) -> Denoiser:

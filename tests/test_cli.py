@@ -143,12 +143,31 @@ def test_a_class_on_demand(tmp_path):
     assert (three != four).any() and (three != any_digit).any() and (guided != three).any()
 
 
+def test_several_classes_share_the_samples_whatever_the_batch(tmp_path):
+    """In batches of 3 the classes change within a batch; so do they in the frames of a film."""
+    args = ["sample", "digits-classes", "--steps", "5", "--guidance", "2", "--device", "cpu", "-n"]
+    whole = tmp_path / "whole.npz"
+    main([*args, "6", "--label", "3", "4", "--batch", "3", "--out", str(whole)])
+    drawn = np.load(whole)["images"]
+    for label in "34":
+        out = tmp_path / f"{label}.npz"
+        main([*args, "6", "--label", label, "--batch", "3", "--out", str(out)])
+        alone = np.load(out)["images"]
+        same = (np.abs(alone.astype(int) - drawn.astype(int)) <= 1).all(axis=(1, 2, 3))
+        assert same.tolist() == [label == "3"] * 3 + [label == "4"] * 3
+    main([*args, "2", "--label", "3", "4", "--frames", "2", "--out", str(tmp_path / "a.png")])
+    main([*args, "2", "--label", "3", "3", "--frames", "2", "--out", str(tmp_path / "b.png")])
+    a, b = (np.asarray(Image.open(tmp_path / f"{x}.png")).astype(int) for x in "ab")
+    rows = np.abs(a - b).reshape(2, -1).max(axis=1)
+    assert rows[0] <= 1 < rows[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("digits --label 3", "digits has no class 3: it was trained without classes"),
-        ("digits-classes --label 10", "digits-classes has no class 10: only 0..9"),
-        ("digits-classes --label -1", "digits-classes has no class -1: only 0..9"),
+        ("digits --label 3", "the model has no class 3: it was trained without classes"),
+        ("digits-classes --label 10", "the model has no class 10: only 0..9"),
+        ("digits-classes --label 4 -1", "the model has no class -1: only 0..9"),
         ("digits-classes --guidance 2", "guidance needs a class to guide to: add --label"),
     ],
 )
