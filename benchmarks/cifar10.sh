@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train the small CIFAR-10 model, sample it and measure it, in calls that each end within ten minutes.
+# Train a CIFAR-10 model, sample it and measure it, in calls that each end within ten minutes.
 #
 #     benchmarks/cifar10.sh TRAIN TEST OUT      # again and again, until it says: done
 #
 # TRAIN and TEST: .npz files with `images` (N, 32, 32, 3) uint8 and `labels` (N,). OUT: a folder; what
 # it holds is where the next call goes on. LIMIT: seconds a call; STEPS: updates in all, the last third
-# with a falling learning rate; FLAGS: more flags of `minddpm train cifar10-small`.
+# with a falling learning rate; PRESET: cifar10-small; FLAGS: more flags of `minddpm train`.
 set -euo pipefail
 train=${1:?the training images, an .npz file}
 test=${2:?the held-out images, an .npz file}
@@ -26,7 +26,7 @@ if [ ! -e trained ]; then
   resume=()
   [ -e run/last.safetensors ] && resume=(--resume)
   # A Ctrl-C after `limit` seconds: the run saves, and the next call resumes it exactly.
-  timeout --signal=INT "$limit" minddpm train cifar10-small --data "$train" --out run \
+  timeout --signal=INT "$limit" minddpm train "${PRESET:-cifar10-small}" --data "$train" --out run \
     "${flags[@]}" "${more[@]}" "${resume[@]}" | tee said
   grep -q "^step.*: checkpoint" said
   grep -q "^to sample" said || { echo "to be continued: call again"; exit; }
