@@ -26,7 +26,8 @@ if [ ! -e trained ]; then
   resume=()
   [ -e run/last.safetensors ] && resume=(--resume)
   # A Ctrl-C after `limit` seconds: the run saves, and the next call resumes it exactly.
-  timeout --signal=INT "$limit" minddpm train "${PRESET:-cifar10-small}" --data "$train" --out run \
+  timeout --preserve-status --signal=INT "$limit" \
+    minddpm train "${PRESET:-cifar10-small}" --data "$train" --out run \
     "${flags[@]}" "${more[@]}" "${resume[@]}" | tee said
   grep -q "^step.*: checkpoint" said
   grep -q "^to sample" said || { echo "to be continued: call again"; exit; }

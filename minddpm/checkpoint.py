@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minddpm.config import Config, from_dict
+from minddpm.data import NAMED
 from minddpm.nets import UNet
 from minddpm.prediction import Denoiser
 from minddpm.published import from_diffusers, to_diffusers
@@ -108,19 +109,12 @@ def read_file(path: Path) -> tuple[dict[str, torch.Tensor], Config, dict]:
         raise ValueError(f"the header of {path} cannot be used: {error}") from error
 
 
-def step_of(path: Path) -> int | None:
-    """The updates that a checkpoint file has seen, from its header alone; None where none is."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["facts"])["step"]
-    except (KeyError, SafetensorError, ValueError):
-        return None
-
-
 def has_seen(source: str | Path, name: str) -> bool:
-    """Whether a checkpoint was trained on the test part, too, of the data set of that name."""
+    """Whether a checkpoint was trained on this file or folder, or on this data set's test part."""
     config = None if is_published(source) else read(source)[1]
-    return config is not None and (config.data, config.split) in [(name, "test"), (name, "all")]
+    if config is None or Path(config.data) != Path(name):
+        return False
+    return config.split != "train" or name not in NAMED
 
 
 def candidates(source: str | Path) -> list[Path]:

@@ -66,7 +66,7 @@ class Sampling:
     grid: Literal["uniform", "quadratic", "ddim-quadratic", "log-snr", "karras"] = "uniform"
     """How the steps are spread over time."""
     label: tuple[int, ...] = ()
-    """The class to draw, or several, an equal share each, of a model trained with classes."""
+    """After the model's name: the class to draw, or several, an equal share each."""
     guidance: float = 1.0
     """How much of what the label changes: 1 as trained, more overdoes it, 0 ignores it."""
     eta: float | None = None
@@ -98,6 +98,8 @@ class Sampling:
         return (denoiser, n, grid, STEPS[self.sampler]), options
 
     def _labels(self, classes: int, n: int) -> list[int]:
+        if n < len(self.label):
+            raise ValueError(f"{n} samples cannot show {len(self.label)} classes: raise -n")
         for label in self.label:
             if not 0 <= label < classes:
                 has = f"only 0..{classes - 1}" if classes else "it was trained without classes"
@@ -107,7 +109,8 @@ class Sampling:
     def __str__(self) -> str:
         eta = "" if self.eta is None else f", eta {self.eta:g}"
         precision = "" if self.precision == "fp32" else f", {self.precision}"
-        kinds = f", classes {self.label}, guidance {self.guidance:g}" if self.label else ""
+        names = " ".join(map(str, self.label))
+        kinds = f", classes {names}, guidance {self.guidance:g}" if self.label else ""
         how = f"{self.sampler}, {self.steps} steps, {self.grid} grid{eta}{precision}{kinds}"
         return f"{how}, seed {self.seed}"
 
@@ -203,7 +206,7 @@ class Evaluate:
             if self.n:
                 work, options = self.sampling.work(denoiser, self.n)
                 if not processes.place()[0]:  # or fail before the work, not after
-                    metrics.check_kind(self.features, train, device)
+                    metrics.check_kind(self.features, train, self.root, device)
                 fake = generate.samples(*work, batch=self.sampling.batch, **options)
             if processes.place()[0]:
                 return
@@ -222,6 +225,8 @@ class Evaluate:
         from minddpm.samplers import log_snr_grid
 
         images, schedule = images[: self.bits], denoiser.schedule
+        if len(images) < 2:
+            raise ValueError(f"bits need two images or more, and {self.data} holds {len(images)}")
         kind = "test images" if self.data in data.NAMED else "images"
         print(f"bits per dimension, at most, of {len(images):,} {kind} of {self.data}:")
         if checkpoint.has_seen(self.model, self.data):

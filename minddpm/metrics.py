@@ -142,10 +142,11 @@ def copying(train: Tensor, held_out: Tensor, fake: Tensor) -> tuple[float, float
     return share, (share - 0.5) / ((m + h + 1) / (12 * m * h)) ** 0.5
 
 
-def check_kind(kind: str, train: Images, device: str) -> None:
-    """Raises ValueError where `report` could not be made with these images, or on this machine."""
+def check_kind(kind: str, train: Images, root: str, device: str) -> None:
+    """Raises ValueError or OSError where `report` could not be made of these images, or here."""
     if kind == "classifier":
         untrained(train)
+        Path(root).mkdir(parents=True, exist_ok=True)
         return
     try:
         inception(2048, device)

@@ -1,4 +1,4 @@
-"""Several processes at one task, as `torchrun` starts them; alone, every function is a no-op."""
+"""Several processes at one task, as `torchrun` starts them; alone, there is nobody to wait for."""
 
 import os
 from collections.abc import Callable

@@ -1,11 +1,13 @@
 """A training run in a folder: data, model, progress, checkpoints, sample grids, Ctrl-C."""
 
 import math
+import os
 import shlex
 import signal
 import sys
 import time
 import zlib
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +23,11 @@ from minddpm.losses import draw, hybrid_loss, simple_loss
 from minddpm.prediction import Denoiser
 from minddpm.samplers import ddim, sample, uniform_grid
 from minddpm.train import Record, TrainState, pick_precision, train
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind
+    fcntl = None
 
 FIXED = 512  # images on which the run watches itself
 
@@ -67,7 +74,8 @@ class Run:
         if saved:
             tensors, _, facts = saved
             checkpoint.put_back(self.state, tensors, facts, self.out)
-            if facts.get("data", self.print) != self.print:
+            exact = not Path(config.data).is_dir()  # decoded by another version, images may differ
+            if exact and facts.get("data", self.checksum) != self.checksum:
                 raise ValueError(
                     f"{config.data} no longer holds the images that the run in {self.out} began "
                     "with: bring them back, or begin anew with another --out"
@@ -138,7 +146,9 @@ class Run:
                 f"batch_size = {config.train.batch_size} must be a multiple of accumulate = "
                 f"{config.train.accumulate} times the number of processes = {world}"
             )
-        self.print = zlib.crc32(pixels.contiguous().numpy())
+        self.checksum = zlib.crc32(pixels.contiguous().numpy())
+        if self.labels is not None:
+            self.checksum = zlib.crc32(images.labels.contiguous().numpy(), self.checksum)
         batch = config.train.batch_size, config.train.seed, config.train.flip
         self.batches = data.Batches(pixels.to(device), *batch)
         self.fixed = data.to_model(fixed.pixels[::every][:FIXED]).to(device)
@@ -158,7 +168,7 @@ class Run:
         return *batch, self.batches.labels(k, self.labels, drop, none)
 
     def go(self) -> None:
-        """Train, showing progress, to the last step or to Ctrl-C; save, and say how to go on."""
+        """Train, showing progress, to the last step, Ctrl-C or SIGTERM; save, say how to go on."""
         loss_fn = hybrid_loss if self.config.model.variance == "learned" else simple_loss
 
         def loss(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -167,14 +177,15 @@ class Run:
 
         updates = train(self.state, loss, self._batch)
         (rank, world), steps = processes.place(), self.config.train.steps
-        self.log = None if rank else Log(self.out, self.state.step)
         self.began, first = time.monotonic() - self.seconds, self.state.step
         self.mark = self.state.step, self.seconds
         silent = {"disable": True} if rank else {}
         with (
+            nullcontext() if rank else alone(self.out),
             tqdm(total=steps, initial=self.state.step, unit="step", **silent) as bar,
             Interrupt() as interrupt,
         ):
+            self.log = None if rank else Log(self.out, self.state.step)
             for record in updates:
                 self.seconds = time.monotonic() - self.began
                 bar.update()
@@ -203,10 +214,10 @@ class Run:
             print(f"to go on: {command_line()} --resume")
         else:
             name = self.out if len(self.out.parts) > 1 else f"./{self.out}"  # not shipped weights
-            few = f" --steps {self.denoiser.schedule.T}" if self.denoiser.schedule.T < 50 else ""
+            flags = f" --steps {self.denoiser.schedule.T}" if self.denoiser.schedule.T < 50 else ""
             if self.config.model.classes and not self.config.train.drop_label:
-                few += " --label 0"  # "no class" was never trained
-            print(f"to sample: minddpm sample {shlex.quote(str(name))}{few}")
+                flags += " --label 0"  # "no class" was never trained
+            print(f"to sample: minddpm sample {shlex.quote(str(name))}{flags}")
 
     def _report(self, bar: tqdm, record: Record) -> dict:
         loss = processes.mean(record.loss)
@@ -220,12 +231,6 @@ class Run:
         if self.state.device.type == "cuda":
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.state.device) / 2**30
         return row
-
-    def _insist_alone(self) -> None:
-        if self.last.exists() and checkpoint.step_of(self.last) not in (None, self.previous):
-            raise ValueError(
-                f"another process trains in {self.out}: this run stops; start it with another --out"
-            )
 
     def _insist(self, finite: bool, what: str) -> None:
         if not finite:
@@ -244,7 +249,6 @@ class Run:
         self._insist(finite, "a weight is not finite")
         if processes.place()[0]:
             return {}
-        self._insist_alone()
         parts = self.config.train.accumulate * processes.place()[1]
         size = max(1, 4 * self.config.train.batch_size // parts)  # without gradients, 4 times more
         net = InParts(self.state.ema.module.eval(), size)
@@ -255,7 +259,7 @@ class Run:
             command=command_line(),
             seconds=round(self.seconds),
             best=self.best,
-            data=self.print,
+            data=self.checksum,
             device=device_name(self.state.device),
             torch=torch.__version__,
         )
@@ -274,6 +278,21 @@ class Run:
         (self.out / f"samples-{self.state.step:07d}.png").write_bytes(picture)
         self.log.picture(self.state.step, picture)
         return row
+
+
+@contextmanager
+def alone(out: Path):
+    """Within the block no other process trains in `out`; ValueError where one does already."""
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another process trains in {out}: choose another --out") from error
+    finally:
+        if fcntl:
+            os.close(folder)
 
 
 class InParts(torch.nn.Module):

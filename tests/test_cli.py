@@ -144,14 +144,14 @@ def test_a_class_on_demand(tmp_path):
 
 
 def test_several_classes_share_the_samples_whatever_the_batch(tmp_path):
-    """In batches of 3 the classes change within a batch; so do they in the frames of a film."""
+    """In batches of 4 the classes change within a batch; so do they in the frames of a film."""
     args = ["sample", "digits-classes", "--steps", "5", "--guidance", "2", "--device", "cpu", "-n"]
     whole = tmp_path / "whole.npz"
-    main([*args, "6", "--label", "3", "4", "--batch", "3", "--out", str(whole)])
+    main([*args, "6", "--label", "3", "4", "--batch", "4", "--out", str(whole)])
     drawn = np.load(whole)["images"]
     for label in "34":
         out = tmp_path / f"{label}.npz"
-        main([*args, "6", "--label", label, "--batch", "3", "--out", str(out)])
+        main([*args, "6", "--label", label, "--batch", "4", "--out", str(out)])
         alone = np.load(out)["images"]
         same = (np.abs(alone.astype(int) - drawn.astype(int)) <= 1).all(axis=(1, 2, 3))
         assert same.tolist() == [label == "3"] * 3 + [label == "4"] * 3
@@ -168,6 +168,7 @@ def test_several_classes_share_the_samples_whatever_the_batch(tmp_path):
         ("digits --label 3", "the model has no class 3: it was trained without classes"),
         ("digits-classes --label 10", "the model has no class 10: only 0..9"),
         ("digits-classes --label 4 -1", "the model has no class -1: only 0..9"),
+        ("digits-classes -n 2 --label 1 2 3", "2 samples cannot show 3 classes: raise -n"),
         ("digits-classes --guidance 2", "guidance needs a class to guide to: add --label"),
     ],
 )

@@ -301,11 +301,16 @@ def test_evaluate_says_what_the_model_has_seen_and_leaves_out_a_flow_without_beg
     monkeypatch.setattr(metrics, "bits", lambda denoiser, test, grid: (4.0, 0.1))
     flags = "--width 8 --multipliers 1 --blocks 1 --attention --T 10 --batch-size 8 --device cpu"
     flags += " --warmup 0 --cooldown 0 --schedule straight --predicts velocity --steps 2"
-    for split, seen in [("all", True), ("train", False)]:
-        out = str(tmp_path / split)
-        main(["train", "digits", "--out", out, "--split", split, *flags.split()])
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", images=data.load("digits").pixels[:9, 0].numpy())
+    cases = [("digits", "all", True), ("digits", "train", False), ("a.npz", "train", True)]
+    for source, split, seen in cases:
+        out = f"{source}-{split}"
+        train = ["train", "digits", "--out", out, "--data", source, "--split", split]
+        main([*train, *flags.split()])
         capsys.readouterr()
-        main(["evaluate", out, "--data", "digits", "-n", "0", "--bits", "4", "--device", "cpu"])
+        named = source if source == "digits" else "./a.npz"
+        main(["evaluate", out, "--data", named, "-n", "0", "--bits", "4", "--device", "cpu"])
         said = capsys.readouterr().out
         assert ("the model was trained on them" in said) == seen
         assert "by the variational bound" in said and "probability flow" not in said
@@ -330,6 +335,8 @@ def test_bits_by_the_flow_are_those_of_its_density():
         ("-n 5 --steps 0", "the number of steps must lie in 1..T"),
         ("-n 0 --bits 1", "bits of two or more images"),
         ("-n 5 --data nothing", "no data set or file 'nothing'"),
+        ("-n 0 --bits 2 --data one.npz", "bits need two images or more, and one.npz holds 1"),
+        ("-n 5 --features classifier --root one.npz", "one.npz"),
         ("-n 5 --data wide.npz", r"of shape \(1, 8, 8\), and those of wide.npz have \(1, 4, 4\)"),
         ("-n 5 --data bare.npz --features classifier", "a classifier needs labels"),
         ("-n 5 --data odd.npz --features classifier", "the labels must lie in 0"),
@@ -343,6 +350,7 @@ def test_evaluation_that_cannot_be_gets_one_line_before_the_work(
     monkeypatch.setattr("minddpm.generate.samples", lambda *args, **options: 1 / 0)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     np.savez("wide.npz", images=np.zeros((4, 4, 4), np.uint8))
+    np.savez("one.npz", images=np.zeros((1, 8, 8), np.uint8))
     np.savez("bare.npz", images=np.zeros((4, 8, 8), np.uint8))
     np.savez("odd.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4) - 1)
     command = ["evaluate", "digits", "--data", "digits", "--device", "cpu", *flags.split()]

@@ -134,13 +134,25 @@ def test_changed_data_are_noticed(tmp_path):
         run(tmp_path / "a", config, resume=True)
 
 
-def test_a_second_run_in_the_folder_stops_before_it_overwrites_the_first(tmp_path):
-    one, other = run(tmp_path, save_every=3), run(tmp_path, train_with(seed=1), save_every=2)
-    one.go()
-    before = (tmp_path / "last.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="another process trains in"):
-        other.go()
-    assert (tmp_path / "last.safetensors").read_bytes() == before
+def test_changed_labels_are_noticed(tmp_path):
+    file = tmp_path / "images.npz"
+    config = replace(WITH_CLASSES, data=str(file))
+    images = np.zeros((8, 8, 8), np.uint8)
+    np.savez(file, images=images, labels=np.arange(8))
+    run(tmp_path / "a", config).go()
+    np.savez(file, images=images, labels=np.arange(8)[::-1])
+    with pytest.raises(ValueError, match="no longer holds the images that the run in .* began"):
+        run(tmp_path / "a", config, resume=True)
+
+
+def test_a_second_run_in_the_folder_stops_before_it_touches_the_first(tmp_path):
+    run(tmp_path, train_with(steps=3)).go()
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    with module.alone(tmp_path), pytest.raises(ValueError, match="another process trains in"):
+        run(tmp_path, resume=True).go()
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+    run(tmp_path, resume=True).go()
+    assert checkpoint.read(tmp_path)[2]["step"] == 6
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_module_is_short_enough_to_read():
             bool(row.strip()) for row in path.read_text(encoding="utf-8").splitlines()
         )
     assert sum(lines[name] for name in CORE) <= 1110
-    assert sum(lines.values()) <= 3400
+    assert sum(lines.values()) <= 3450
 
 
 IMPORT_ALL = """
