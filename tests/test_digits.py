@@ -99,17 +99,21 @@ SHIPPED = sorted(path.stem for path in checkpoint.SHIPPED.glob("*.safetensors"))
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_say_how_they_were_made(name):
     (path,) = checkpoint.candidates(name)
-    assert path.stat().st_size <= 3_000_000
+    size, minutes, command = {
+        "cifar10-tiny": (6_000_000, 120, "minddpm train cifar10-small --data train.npz"),
+    }.get(name, (3_000_000, 30, "minddpm train digits --split train"))
+    assert path.stat().st_size <= size
     _, config, facts = checkpoint.read(path)
-    assert facts["command"].startswith("minddpm train digits --split train")
+    assert facts["command"].startswith(command)
     assert "/tmp" not in facts["command"] and " /" not in facts["command"]
     assert ("--variance learned" in facts["command"]) == (config.model.variance == "learned")
-    assert 0 < facts["seconds"] <= 30 * 60
+    assert 0 < facts["seconds"] <= minutes * 60
     assert facts["step"] == config.train.steps
 
 
-def test_shipped_weights_are_small_together():
-    assert "digits" in SHIPPED
+def test_shipped_weights_are_small_together_and_have_a_card():
+    card = (checkpoint.SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert "digits" in SHIPPED and all(f"| `{name}` |" in card for name in SHIPPED)
     assert sum((checkpoint.SHIPPED / f"{n}.safetensors").stat().st_size for n in SHIPPED) < 10e6
 
 
