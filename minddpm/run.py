@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -283,16 +283,19 @@ class Run:
 @contextmanager
 def alone(out: Path):
     """Within the block no other process trains in `out`; ValueError where one does already."""
-    folder = os.open(out, os.O_RDONLY) if fcntl else None
-    try:
+    with ExitStack() as stack:
         if fcntl:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another process trains in {out}: choose another --out"
+                ) from error
+            except OSError:  # a mounted drive may have no locks
+                pass
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"another process trains in {out}: choose another --out") from error
-    finally:
-        if fcntl:
-            os.close(folder)
 
 
 class InParts(torch.nn.Module):

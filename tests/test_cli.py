@@ -98,8 +98,6 @@ def test_train_then_sample(tmp_path, capsys):
 
 
 def test_flags_reach_the_run(tmp_path):
-    from minddpm import checkpoint
-
     flags = shlex.split("--predicts x0 --variance learned --seed 7 --learning-rate 1e-3 --flip")
     train(tmp_path, *flags, "--precision", "bf16", "--split", "test", steps=2)
     config = checkpoint.read(tmp_path)[1]
@@ -111,8 +109,6 @@ def test_flags_reach_the_run(tmp_path):
 
 
 def test_train_on_a_folder_and_on_an_array_file(tmp_path):
-    from minddpm import checkpoint
-
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(pixels):
@@ -125,8 +121,6 @@ def test_train_on_a_folder_and_on_an_array_file(tmp_path):
 
 
 def test_flags_of_classes_reach_the_run(tmp_path):
-    from minddpm import checkpoint
-
     train(tmp_path, "--classes", "10", "--drop-label", "0.2", steps=1)
     config = checkpoint.read(tmp_path)[1]
     assert (config.model.classes, config.train.drop_label) == (10, 0.2)

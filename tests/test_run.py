@@ -155,6 +155,15 @@ def test_a_second_run_in_the_folder_stops_before_it_touches_the_first(tmp_path):
     assert checkpoint.read(tmp_path)[2]["step"] == 6
 
 
+def test_a_drive_without_locks_can_be_trained_on(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    run(tmp_path).go()
+    assert checkpoint.read(tmp_path)[2]["step"] == 6
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
     run(tmp_path, save_every=3).go()
 
