@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minddpm.config import Config, from_dict
-from minddpm.data import NAMED
+from minddpm.data import NAMED, replacing
 from minddpm.nets import UNet
 from minddpm.prediction import Denoiser
 from minddpm.published import from_diffusers, to_diffusers
@@ -56,23 +56,19 @@ def save(
     the name under which what was there is to be kept.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     header = {"format": FORMAT, "config": json.dumps(asdict(config)), "facts": json.dumps(facts)}
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     try:
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata=header
-        )
-        part.chmod(0o644)
-        with part.open("r+b") as file:
-            os.fsync(file.fileno())
-        if keep_as and path.exists():
-            os.replace(path, keep_as)
-        os.replace(part, path)
+        with replacing(path) as part:
+            save_file(whole, part, metadata=header)
+            part.chmod(0o644)
+            with part.open("r+b") as file:
+                os.fsync(file.fileno())
+            if keep_as and path.exists():
+                os.replace(path, keep_as)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} could not be written ({error}); what was there is intact") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(source: str | Path) -> tuple[dict[str, torch.Tensor], Config, dict]:

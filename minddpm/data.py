@@ -1,6 +1,8 @@
 """Images as uint8 tensors (N, C, H, W) in memory, and the batches that a training run sees."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,6 +214,17 @@ class Batches:
         rng = np.random.default_rng([self.seed, k, 2])
         dropped = torch.from_numpy(rng.random(self.batch_size) < drop).to(labels.device)
         return torch.where(dropped, none, labels[self.chosen(k)])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place in the end: all of it, or nothing."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_labels(labels: Tensor | None, classes: int) -> None:

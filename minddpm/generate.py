@@ -1,7 +1,6 @@
 """Samples by the thousand, and the files to keep them in."""
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minddpm import processes, viz
-from minddpm.data import to_uint8
+from minddpm.data import replacing, to_uint8
 from minddpm.guidance import guide
 from minddpm.prediction import Denoiser
 from minddpm.samplers import sample, sample_path
@@ -91,16 +90,11 @@ def write(out: Path, pixels: Tensor) -> None:
     """Images (N, C, H, W) uint8 as a .png sheet or an .npz of `images` (N, H, W, C); or, of stops
     (K, N, C, H, W), a .png with a row an image, a .gif or a .webp that moves. All or nothing."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    try:
-        with part.open("wb") as file:
-            if out.suffix.lower() == ".npz":
-                np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).numpy())
-            else:
-                file.write(picture(pixels, out.suffix.lower()))
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(out) as part, part.open("wb") as file:
+        if out.suffix.lower() == ".npz":
+            np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).numpy())
+        else:
+            file.write(picture(pixels, out.suffix.lower()))
 
 
 def picture(pixels: Tensor, suffix: str) -> bytes:

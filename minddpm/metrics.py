@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minddpm.data import Images, check_labels, to_model
+from minddpm.data import Images, check_labels, replacing, to_model
 from minddpm.likelihood import ode_bits, vlb_terms
 
 
@@ -282,9 +281,8 @@ def classifier(images: Images, root: str, device: str, **options) -> Classifier:
     if not file.exists():
         net = train_classifier(images, device=device, **options)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        save_file({k: x.cpu().contiguous() for k, x in net.state_dict().items()}, part)
-        os.replace(part, file)
+        with replacing(file) as part:
+            save_file({k: x.cpu().contiguous() for k, x in net.state_dict().items()}, part)
     net.load_state_dict(load_file(file))
     return net.eval().requires_grad_(False).to(device)
 
